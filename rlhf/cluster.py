@@ -1,0 +1,36 @@
+"""Where to run: the cluster file. How many of each role, and what each of them needs.
+
+Results do not depend on it. Pydantic, unknown keys refused; imports neither torch nor ray.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rlhf.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class Role(Section):
+    """The actors of one role. CPUs are logical: Ray counts them, and they set the thread count of the actor."""
+
+    replicas: PositiveInt = Field(1, description="actors of this role")
+    cpus: NonNegativeFloat = Field(1.0, description="CPUs of each")
+    gpus: NonNegativeFloat = Field(0.0, description="GPUs of each")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
+
+
+class Cluster(Section):
+    """A whole cluster file."""
+
+    address: str = Field("local", description="`local` starts Ray on this machine, `auto` joins the running one, or an address")
+    cpus: PositiveInt | None = Field(None, description="with `local`: CPUs that Ray counts; null: the sum of the roles")
+    object_store_gib: PositiveFloat = Field(2.0, description="with `local`: memory of the object store")
+    placement_timeout_s: PositiveFloat = Field(120.0, description="longest wait for the roles' resources")
+    threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="compute threads of each actor; null: its CPUs, rounded up"
+    )
+    trainer: Role = Field(default_factory=Role, description="ranks of the policy trainer")
+    rollout: Role = Field(default_factory=Role, description="rollout engines")
+    reference: Role = Field(default_factory=Role, description="reference models")
+    reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
+    buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")

@@ -1,0 +1,1 @@
+"""From data sets on disk or on the hub to prompts and collated micro-batches."""

@@ -1,0 +1,1 @@
+"""Sampling from the policy: token ids in, token ids and log-probabilities out."""

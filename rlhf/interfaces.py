@@ -1,0 +1,185 @@
+"""The roles that the loop and the source put together, and what each of them promises.
+
+A `Handle` is whatever the team passes around: the value itself in one process, an object reference on Ray. The loop and the
+source never look inside. Plain classes (Generator, Judge) do the work; Workers run one or many of them, here or elsewhere.
+Imports neither torch nor ray.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf.experience import Columns, Group, Prompt
+from rlhf.metrics import Metrics
+
+if TYPE_CHECKING:
+    from rlhf.weights import Receipt, Weights
+
+Handle = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version of the policy that engines can pull: what it is, and a handle to its `Weights`."""
+
+    version: int
+    fingerprint: str
+    size_bytes: int
+    weights: Handle
+
+
+class Generator(Protocol):
+    """Samples groups with its own copy of the policy. Does not judge and does not know the algorithm."""
+
+    def setup(self) -> None:
+        """The heavy part of construction; fails loudly, to the caller."""
+
+    def load(self, weights: "Weights") -> "Receipt":
+        """Takes a published version, verifies it (digests, names, probe) and stamps it on every later sample."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
+        """Yields each group as soon as all its samples are finished; seeds come from (run seed, prompt id, sample index)."""
+
+
+class Judge(Protocol):
+    """Fills columns of a group. One judge, one or a few columns; says None where it cannot score."""
+
+    def setup(self) -> None: ...
+
+    def judge(self, group: Group) -> Columns: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work for one worker: the prompts it concerns, and what to work on (prompts to answer, or a group to judge)."""
+
+    number: int
+    prompt_ids: tuple[int, ...]
+    payload: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished group or column set of a task, or the error that ended the task for all its unfinished prompts."""
+
+    task: int
+    prompt_ids: tuple[int, ...]
+    value: Handle
+    error: Exception | None
+    worker: str
+
+
+class Workers(Protocol):
+    """Some workers of one role. Never blocks longer than asked."""
+
+    def submit(self, task: Task) -> None: ...
+
+    def collect(self, timeout_s: float) -> list[Result]:
+        """What has finished since the last call; waits up to timeout_s for the first."""
+
+    def room(self) -> int:
+        """How many more tasks can be started now."""
+
+    def holding(self) -> list[str]:
+        """Who holds what, one line a busy worker, for progress and for the error when a deadline passes."""
+
+    def load(self, weights: Handle) -> list["Receipt"]:
+        """All workers take a published version; raises WeightMismatch when one of them cannot verify it."""
+
+
+class Learner(Protocol):
+    """The policy's owner. `annotate`, `prepare`, `update` are called once a step, in this order."""
+
+    @property
+    def version(self) -> int:
+        """Updates so far."""
+
+    def annotate(self, groups: Handle) -> Handle:
+        """The groups with the columns that only the learner can fill: old log-probs, LoRA's reference log-probs."""
+
+    def prepare(self, groups: Handle) -> Handle:
+        """The algorithm's `prepare`: credit assignment, a TrainBatch."""
+
+    def update(self, batch: Handle) -> Metrics:
+        """Epochs x minibatches; each optimizer step divides the summed loss once by its global count."""
+
+    def publish(self) -> Published: ...
+
+    def save(self, folder: Path) -> None:
+        """Writes `policy/` (loads with from_pretrained) and `trainer/` (everything else) into an existing empty folder."""
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where the prompts are. issued = pending + leased + complete + trained + dropped when nothing is lost or duplicated.
+
+    `generated` are the leased prompts whose samples are stored and wait for judges.
+    """
+
+    issued: int
+    pending: int
+    leased: int
+    generated: int
+    complete: int
+    trained: int
+    dropped: int
+    lost: int
+    duplicated: int
+
+
+class Buffer(Protocol):
+    """The durable heart: every call is one transaction, idempotent, and durable when it returns.
+
+    A prompt moves pending -> leased -> complete -> trained(step), or -> dropped(reason).
+    """
+
+    def lease(self, count: int, owner: str) -> list[int]:
+        """Takes `count` prompt ids for generation: pending ones first, lowest first, then new ids counting up."""
+
+    def add_group(self, prompt_id: int, group: Handle) -> bool:
+        """Stores a generated group of a leased prompt. False, and nothing stored, when it has one already."""
+
+    def add_columns(self, prompt_id: int, columns: Handle) -> bool:
+        """Stores a judge's columns; the prompt is complete once all required columns are there."""
+
+    def release(self, prompt_id: int, reason: str) -> bool:
+        """A lease that came to nothing: pending again, or dropped after too many attempts (returns False then)."""
+
+    def drop(self, prompt_id: int, reason: str) -> None: ...
+
+    def unjudged(self) -> Mapping[int, frozenset[str]]:
+        """Stored groups that lack required columns, and which."""
+
+    def group(self, prompt_id: int) -> Handle: ...
+
+    def ready(self, oldest_version: int) -> int:
+        """How many complete groups can be taken, after sweeping out those older than oldest_version (pending again)."""
+
+    def take(self, step: int, count: int) -> Handle:
+        """The groups of a step in the order of their ids: as assigned before, else the `count` lowest complete ones."""
+
+    def assigned(self, step: int) -> bool:
+        """Whether the step's groups were taken before, by this process or one that died."""
+
+    def commit(self, step: int, groups: Handle, version: int, fingerprint: str, metrics: Mapping[str, float]) -> None:
+        """Makes a step part of history: its prompts are trained, the learner's columns stored. Again: a no-op."""
+
+    def counts(self) -> Counts: ...
+
+    def in_flight(self) -> int:
+        """Prompts that are leased or complete but not yet assigned to a step."""
+
+
+class Source(Protocol):
+    """Where a step's groups come from."""
+
+    def take(self, step: int) -> Handle:
+        """Durable, scored, whole groups, in the order of their ids; waits with a deadline and keeps the pool busy ahead."""
+
+    def sync(self, published: Published) -> Metrics:
+        """Engines pull and verify a version; a no-op for data sets."""

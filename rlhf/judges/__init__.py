@@ -1,0 +1,1 @@
+"""Whatever fills columns of a group: reward functions and the reference model."""

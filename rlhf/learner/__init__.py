@@ -1,0 +1,1 @@
+"""The update step, on plain torch or on DeepSpeed."""

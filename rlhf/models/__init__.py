@@ -1,0 +1,1 @@
+"""Models: loading, LoRA, the tiny offline model, SmolLM2 without a hub."""

@@ -1,0 +1,130 @@
+"""Weights that are published once, versioned and fingerprinted, and pulled by engines that verify what they hold.
+
+Three checks, from cheap to sure: the digest of each tensor (it arrived intact), the list of names (nothing missing, nothing
+unexpected), and the probe (the engine computes with them: its log-probabilities of a fixed token sequence equal the
+learner's). Only the probe sees a tied output head that kept its old, repacked values. Tensors travel as bytes in numpy arrays,
+which Ray's object store hands over without a copy.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlhf.errors import WeightMismatch
+from rlhf.experience import Floats, Ids
+from rlhf.seeding import seed_for
+
+PROBE_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedTensor:
+    """A tensor as bytes: dtype is torch's name without "torch.", data (nbytes,) uint8."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    digest: str
+
+    def unpack(self) -> torch.Tensor:
+        """The tensor, on the CPU, sharing the memory of `data`, which may be read-only: never write into it."""
+        return torch.from_numpy(self.data).view(getattr(torch, self.dtype)).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """A fixed token sequence (P,) and the learner's log-probabilities of its tokens 1..P-1 at temperature 1, (P-1,)."""
+
+    token_ids: Ids
+    logprobs: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """Version v of the policy under the names of `state_dict`, a tied tensor once. fingerprint covers names, shapes, bytes."""
+
+    version: int
+    fingerprint: str
+    tensors: Mapping[str, PackedTensor]
+    probe: Probe
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """An engine's word that it verified a version: the largest probe difference it saw, and how long loading took."""
+
+    engine: str
+    version: int
+    fingerprint: str
+    probe_abs_max: float
+    seconds: float
+
+
+def probe_ids(vocabulary: int) -> Ids:
+    """The fixed token sequence of the probe, (PROBE_TOKENS,): spread over the vocabulary, the same in every process."""
+    ids = [seed_for(0, "weight probe", position) % vocabulary for position in range(PROBE_TOKENS)]
+    return np.array(ids, dtype=np.int32)
+
+
+def pack(version: int, tensors: Iterable[tuple[str, torch.Tensor]], probe: Probe) -> Weights:
+    """Packs a model's tensors for publication; each is copied once."""
+    packed = {name: _pack_tensor(tensor) for name, tensor in tensors}
+    return Weights(version, fingerprint_of(packed), packed, probe)
+
+
+def fingerprint_of(tensors: Mapping[str, PackedTensor]) -> str:
+    """One hash over names, dtypes, shapes and digests in the order of the names."""
+    lines = [f"{name} {t.dtype} {t.shape} {t.digest}" for name, t in sorted(tensors.items())]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def verify_arrival(weights: Weights, engine: str) -> None:
+    """Raises WeightMismatch, naming the tensor, when a tensor's bytes are not those that were published."""
+    for name, tensor in weights.tensors.items():
+        if _digest(tensor.data) != tensor.digest:
+            raise WeightMismatch(f"{engine}, version {weights.version}: tensor {name} arrived with other bytes than were published")
+    if fingerprint_of(weights.tensors) != weights.fingerprint:
+        raise WeightMismatch(f"{engine}, version {weights.version}: the list of tensors is not the published one")
+
+
+def verify_names(weights: Weights, expected: Iterable[str], engine: str) -> None:
+    """Raises WeightMismatch when the published names are not exactly those that the engine's model has."""
+    expected, published = set(expected), set(weights.tensors)
+    if expected != published:
+        raise WeightMismatch(
+            f"{engine}, version {weights.version}: missing tensors {sorted(expected - published)[:5]}, "
+            f"unexpected tensors {sorted(published - expected)[:5]}"
+        )
+
+
+def verify_probe(weights: Weights, measured: Floats, tolerance: float, engine: str) -> float:
+    """The largest difference between the engine's probe log-probabilities and the published; raises above the tolerance."""
+    if measured.shape != weights.probe.logprobs.shape:
+        raise WeightMismatch(f"{engine}: probe gave {measured.shape} log-probs, expected {weights.probe.logprobs.shape}")
+    difference = np.abs(measured - weights.probe.logprobs)
+    worst = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
+    if not difference[worst] <= tolerance:
+        raise WeightMismatch(
+            f"{engine}, version {weights.version}: all tensors arrived intact, but the engine does not compute with them: "
+            f"log-prob of probe token {worst + 1} is {measured[worst]:.5f}, the learner's {weights.probe.logprobs[worst]:.5f} "
+            f"(allowed difference {tolerance:g}). A tied output head that kept old values looks like this (lm_head.weight)"
+        )
+    return float(difference[worst])
+
+
+def _pack_tensor(tensor: torch.Tensor) -> PackedTensor:
+    flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy()
+    return PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data, _digest(data))
+
+
+def _digest(data: NDArray[np.uint8]) -> str:
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
