@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlhf.experience import Columns, Group, Prompt
+from rlhf.experience import Columns, Group, Prompt, Sampling
 from rlhf.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -38,8 +38,16 @@ class Generator(Protocol):
     def load(self, weights: "Weights") -> "Receipt":
         """Takes a published version, verifies it (digests, names, probe) and stamps it on every later sample."""
 
-    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
-        """Yields each group as soon as all its samples are finished; seeds come from (run seed, prompt id, sample index)."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
+    ) -> Iterator[Group]:
+        """Yields each group as soon as all its samples are finished.
+
+        Seeds come from (run seed, purpose, prompt id, sample index); purpose is "sample" or "evaluate".
+        """
+
+    def close(self) -> None:
+        """Gives back memory and ends every process that `setup` started."""
 
 
 class Judge(Protocol):
