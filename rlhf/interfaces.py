@@ -29,6 +29,16 @@ class Published:
     weights: Handle
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a rollout engine is asked for. `purpose` ("sample" or "evaluate") is part of each sample's seed address."""
+
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    samples_per_prompt: int
+    purpose: str
+
+
 class Generator(Protocol):
     """Samples groups with its own copy of the policy. Does not judge and does not know the algorithm."""
 
@@ -71,13 +81,17 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished group or column set of a task, or the error that ended the task for all its unfinished prompts."""
+    """One finished group or column set of a task, or the error that ended the task for all its unfinished prompts.
+
+    `seconds` is how long the worker spent on it.
+    """
 
     task: int
     prompt_ids: tuple[int, ...]
     value: Handle
     error: Exception | None
     worker: str
+    seconds: float
 
 
 class Workers(Protocol):
@@ -96,6 +110,9 @@ class Workers(Protocol):
 
     def load(self, weights: Handle) -> list["Receipt"]:
         """All workers take a published version; raises WeightMismatch when one of them cannot verify it."""
+
+    def fetch(self, handle: Handle) -> Any:
+        """The value behind a handle, for the few callers that must look inside (evaluation)."""
 
 
 class Learner(Protocol):
