@@ -1,0 +1,230 @@
+"""Who is told how a run goes: lines, metrics.jsonl, TensorBoard. An observer never changes the run.
+
+The driver calls `started` once, then `step`, `note` and `evaluated` in the order of events, and `finished` once, whatever
+happened. The progress bar of a terminal is in rlhf/cli/progress.py. Imports neither torch nor ray: TensorBoard's writer, which
+needs torch, is imported by the class that uses it.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, TextIO
+
+from rlhf.config import RunConfig
+from rlhf.evaluation.heldout import HeldoutReport
+
+Outcome = Literal["done", "interrupted", "failed"]
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Observer(Protocol):
+    """Is told what happens in a run."""
+
+    def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
+        """The team stands. first_step is 0 for a new run; the run ends after step num_steps - 1."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is committed. Metrics by the names of docs/metrics.md, already reduced."""
+
+    def note(self, message: str) -> None:
+        """Something a person may want to know: what is waited for, what was restarted, what was dropped."""
+
+    def evaluated(self, step: int, report: HeldoutReport) -> None:
+        """Held-out prompts were answered by the policy after `step` updates (0: before the first)."""
+
+    def finished(self, outcome: Outcome, message: str) -> None:
+        """The run is over; called once, also when it failed or was interrupted."""
+
+
+class Several:
+    """Tells several observers, in their order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
+        for observer in self._observers:
+            observer.started(config, first_step, num_steps)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        for observer in self._observers:
+            observer.step(step, metrics)
+
+    def note(self, message: str) -> None:
+        for observer in self._observers:
+            observer.note(message)
+
+    def evaluated(self, step: int, report: HeldoutReport) -> None:
+        for observer in self._observers:
+            observer.evaluated(step, report)
+
+    def finished(self, outcome: Outcome, message: str) -> None:
+        for observer in self._observers:
+            observer.finished(outcome, message)
+
+
+class PlainLines:
+    """One line a step, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._num_steps = 0
+        self._first_step = 0
+        self._began = 0.0
+
+    def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
+        self._first_step, self._num_steps, self._began = first_step, num_steps, time.monotonic()
+        how = f"goes on at step {first_step}" if first_step else "starts"
+        self._line(f"{config.algorithm.name} on {config.model.name} {how}, {num_steps} steps")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        done = step + 1 - self._first_step
+        left = (time.monotonic() - self._began) / done * (self._num_steps - step - 1)
+        self._line(f"step {step + 1}/{self._num_steps}  {summary(metrics)}  {duration(left)} left")
+
+    def note(self, message: str) -> None:
+        self._line(message)
+
+    def evaluated(self, step: int, report: HeldoutReport) -> None:
+        self._line(f"held-out after {step} steps: {report.describe()}")
+
+    def finished(self, outcome: Outcome, message: str) -> None:
+        self._line(f"{outcome}: {message}")
+
+    def _line(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class JsonlMetrics:
+    """RUN_DIR/metrics.jsonl: one object a step, durable when `step` returns.
+
+    A run that goes on at step s drops the lines of steps s and later first: they are replayed, and a step stands there once.
+    A torn last line, the mark of a process that died while writing, is dropped with them.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS_FILE
+
+    def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        keep = [row for row in read_jsonl(self._path) if int(row["step"]) < first_step]
+        replace_durably(self._path, "".join(json.dumps(row) + "\n" for row in keep))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        append_durably(self._path, {"step": step, **metrics})
+
+    def note(self, message: str) -> None:
+        pass
+
+    def evaluated(self, step: int, report: HeldoutReport) -> None:
+        pass
+
+    def finished(self, outcome: Outcome, message: str) -> None:
+        pass
+
+
+class TensorBoard:
+    """RUN_DIR/tensorboard: every metric as a scalar, held-out answers as text."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / TENSORBOARD_FOLDER
+
+    def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step or None)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def note(self, message: str) -> None:
+        pass
+
+    def evaluated(self, step: int, report: HeldoutReport) -> None:
+        self._writer.add_scalar("heldout/reward_mean", report.reward_mean, step)
+        for number, sample in enumerate(report.samples):
+            indented = "\n".join("    " + line for line in f"{sample.prompt}\n---\n{sample.completion}".splitlines())
+            self._writer.add_text(f"heldout/answer_{number}", indented, step)
+        self._writer.flush()
+
+    def finished(self, outcome: Outcome, message: str) -> None:
+        self._writer.close()
+
+
+def default_observer(run_dir: Path, console: Observer) -> Observer:
+    """What every run has: the console of the caller's choice, metrics.jsonl and TensorBoard."""
+    return Several([JsonlMetrics(run_dir), TensorBoard(run_dir), console])
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The few numbers worth a glance, those of them that were measured."""
+    parts = [
+        ("reward", "reward/mean", "{:.4g}"),
+        ("KL", "kl/k1", "{:.4g}"),
+        ("length", "completion/length_mean", "{:.0f}"),
+        ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),
+        ("tokens/s", "tokens/generated_per_s", "{:.0f}"),
+    ]
+    return "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in parts if name in metrics)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def read_jsonl(path: Path) -> list[dict[str, object]]:
+    """The objects of a file that is only appended to; a torn last line is left out, a missing file is empty.
+
+    Raises ValueError when any other line is not an object: then something else wrote into the file.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def append_durably(path: Path, row: Mapping[str, object]) -> None:
+    """Appends one JSON line and waits until it is on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Writes a whole file so that a reader, or a crash, sees the old one or the new one."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def console_is_terminal() -> bool:
+    return sys.stdout.isatty()
