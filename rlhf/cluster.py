@@ -13,21 +13,25 @@ from rlhf.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 class Role(Section):
     """The actors of one role. CPUs are logical: Ray counts them, and they set the thread count of the actor."""
 
-    replicas: PositiveInt = Field(1, description="actors of this role")
-    cpus: NonNegativeFloat = Field(1.0, description="CPUs of each")
-    gpus: NonNegativeFloat = Field(0.0, description="GPUs of each")
+    replicas: PositiveInt = Field(default=1, description="actors of this role")
+    cpus: NonNegativeFloat = Field(default=1.0, description="CPUs of each")
+    gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each")
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
 
 
 class Cluster(Section):
     """A whole cluster file."""
 
-    address: str = Field("local", description="`local` starts Ray on this machine, `auto` joins the running one, or an address")
-    cpus: PositiveInt | None = Field(None, description="with `local`: CPUs that Ray counts; null: the sum of the roles")
-    object_store_gib: PositiveFloat = Field(2.0, description="with `local`: memory of the object store")
-    placement_timeout_s: PositiveFloat = Field(120.0, description="longest wait for the roles' resources")
+    address: str = Field(
+        default="local", description="`local` starts Ray on this machine, `auto` joins the running one, or an address"
+    )
+    cpus: PositiveInt | None = Field(
+        default=None, description="with `local`: CPUs that Ray counts; null: the sum of the roles"
+    )
+    object_store_gib: PositiveFloat = Field(default=2.0, description="with `local`: memory of the object store")
+    placement_timeout_s: PositiveFloat = Field(default=120.0, description="longest wait for the roles' resources")
     threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="compute threads of each actor; null: its CPUs, rounded up"
+        default=None, description="compute threads of each actor; null: its CPUs, rounded up"
     )
     trainer: Role = Field(default_factory=Role, description="ranks of the policy trainer")
     rollout: Role = Field(default_factory=Role, description="rollout engines")

@@ -1,7 +1,7 @@
 """What to train: the run file. Every key, its default and its meaning.
 
-Pydantic models that refuse unknown keys; the algorithm is a union on its name. Imports neither torch nor ray, so that a bad
-file is refused before anything heavy is loaded. `load` reads YAML and `key=value` overrides. Documented in
+Pydantic models that refuse unknown keys; the algorithm is a union on its name. Imports neither torch nor ray, so that a
+bad file is refused before anything heavy is loaded. `rlhf.config_file` reads YAML and `key=value` overrides. Documented in
 docs/configuration.md, which a test holds together with the code.
 """
 
@@ -20,38 +20,44 @@ Dtype = Literal["float32", "bfloat16"]
 class Section(BaseModel):
     """A part of the run file: unknown keys are errors, values never change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoraConfig(Section):
     """Low-rank adapters (peft). The base stays frozen, and with the adapter off it is the reference."""
 
-    rank: PositiveInt = Field(16, description="rank of the adapters")
-    alpha: PositiveFloat = Field(32, description="scale: the adapter's output is multiplied by alpha / rank")
-    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="which layers get an adapter")
+    rank: PositiveInt = Field(default=16, description="rank of the adapters")
+    alpha: PositiveFloat = Field(default=32, description="scale: the adapter's output is multiplied by alpha / rank")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="which layers get an adapter"
+    )
 
 
 class ModelConfig(Section):
     """The policy; the reference and the rollout engines start as copies of it."""
 
     name: str = Field(description="`tiny`, `tiny-untied`, `smollm2`, a hub name, or a local folder")
-    lora: LoraConfig | None = Field(None, description="train low-rank adapters instead of the whole model")
+    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the whole model")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation, the same in every log-prob pass"
+        default="sdpa", description="attention implementation, the same in every log-prob pass"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    trust_remote_code: bool = Field(False, description="run model code that comes with a hub model")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass to save memory"
+    )
+    trust_remote_code: bool = Field(default=False, description="run model code that comes with a hub model")
 
 
 class KlConfig(Section):
     """The price of leaving the reference model."""
 
-    coef: NonNegativeFloat = Field(0.05, description="beta, the price of one nat; 0 needs no reference model")
+    coef: NonNegativeFloat = Field(default=0.05, description="beta, the price of one nat; 0 needs no reference model")
     place: Literal["reward", "loss"] = Field(
-        "reward", description="`reward`: minus beta times the sequence's k1, before the baseline; `loss`: an added loss"
+        default="reward",
+        description="`reward`: minus beta times the sequence's k1, before the baseline; `loss`: an added loss",
     )
     loss_estimator: Literal["k2", "k3"] = Field(
-        "k2", description="with place `loss`: k2 has the gradient of the reverse KL, k3 (GRPO's) that of the forward KL"
+        default="k2",
+        description="with place `loss`: k2 has the gradient of the reverse KL, k3 (GRPO's) that of the forward KL",
     )
 
 
@@ -59,16 +65,18 @@ class RlooConfig(Section):
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    samples_per_prompt: PositiveInt = Field(4, description="completions sampled for each prompt; at least 2")
+    samples_per_prompt: PositiveInt = Field(default=4, description="completions sampled for each prompt; at least 2")
     kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
     ratio_cap: PositiveFloat = Field(
-        2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
 
     @model_validator(mode="after")
     def _needs_others(self) -> Self:
         if self.samples_per_prompt < 2:
-            raise ValueError("samples_per_prompt must be at least 2: RLOO's baseline is the mean of a prompt's other samples")
+            raise ValueError(
+                "samples_per_prompt must be at least 2: RLOO's baseline is the mean of a prompt's other samples"
+            )
         return self
 
 
@@ -76,13 +84,14 @@ class ReinforceConfig(Section):
     """REINFORCE, the whole completion as one action (arXiv 2402.14740, section 2)."""
 
     name: Literal["reinforce"]
-    samples_per_prompt: PositiveInt = Field(1, description="completions sampled for each prompt")
+    samples_per_prompt: PositiveInt = Field(default=1, description="completions sampled for each prompt")
     baseline: Literal["none", "moving_average"] = Field(
-        "moving_average", description="what is subtracted from the reward: nothing, or the mean of all earlier batches"
+        default="moving_average",
+        description="what is subtracted from the reward: nothing, or the mean of all earlier batches",
     )
     kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
     ratio_cap: PositiveFloat = Field(
-        2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
 
 
@@ -93,64 +102,89 @@ class DataConfig(Section):
     """The prompts."""
 
     path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
-    split: str = Field("train", description="split of a hub or saved data set")
-    prompt_column: str = Field("prompt", description="column that holds the prompt: a string or a list of messages")
-    max_prompt_tokens: PositiveInt = Field(512, description="limit on the prompt's length after the chat template")
-    too_long: Literal["drop", "refuse", "truncate"] = Field(
-        "drop", description="a prompt over the limit is dropped and counted, refused with its row, or cut on the left"
+    split: str = Field(default="train", description="split of a hub or saved data set")
+    prompt_column: str = Field(
+        default="prompt", description="column that holds the prompt: a string or a list of messages"
     )
-    chat_template: bool = Field(True, description="put plain prompts through the tokenizer's chat template where it has one")
-    system_prompt: str | None = Field(None, description="system message put before each prompt")
-    shuffle: bool = Field(True, description="a seeded order, another one each epoch; otherwise the order of the file")
-    limit: PositiveInt | None = Field(None, description="use only the first rows")
-    heldout: NonNegativeInt = Field(0, description="rows set aside for evaluation, chosen by a hash of the prompt")
+    max_prompt_tokens: PositiveInt = Field(
+        default=512, description="limit on the prompt's length after the chat template"
+    )
+    too_long: Literal["drop", "refuse", "truncate"] = Field(
+        default="drop",
+        description="a prompt over the limit is dropped and counted, refused with its row, or cut on the left",
+    )
+    chat_template: bool = Field(
+        default=True, description="put plain prompts through the tokenizer's chat template where it has one"
+    )
+    system_prompt: str | None = Field(default=None, description="system message put before each prompt")
+    shuffle: bool = Field(
+        default=True, description="a seeded order, another one each epoch; otherwise the order of the file"
+    )
+    limit: PositiveInt | None = Field(default=None, description="use only the first rows")
+    heldout: NonNegativeInt = Field(
+        default=0, description="rows set aside for evaluation, chosen by a hash of the prompt"
+    )
 
 
 class LoopConfig(Section):
     """How long, in what portions, and when to look."""
 
     num_steps: PositiveInt = Field(description="policy updates in the run")
-    groups_per_step: PositiveInt = Field(description="prompts a step; each has algorithm.samples_per_prompt completions")
-    max_staleness: NonNegativeInt = Field(0, description="how many versions old a sample may be when it is trained")
-    checkpoint_every: NonNegativeInt = Field(10, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints are kept")
-    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before the first step and after the last")
-    wait_timeout_s: PositiveFloat = Field(600.0, description="longest wait for rollouts, judges, updates or weights")
+    groups_per_step: PositiveInt = Field(
+        description="prompts a step; each has algorithm.samples_per_prompt completions"
+    )
+    max_staleness: NonNegativeInt = Field(
+        default=0, description="how many versions old a sample may be when it is trained"
+    )
+    checkpoint_every: NonNegativeInt = Field(default=10, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: PositiveInt = Field(default=2, description="how many of the newest checkpoints are kept")
+    eval_every: NonNegativeInt = Field(
+        default=0, description="steps between evaluations; 0: before the first step and after the last"
+    )
+    wait_timeout_s: PositiveFloat = Field(
+        default=600.0, description="longest wait for rollouts, judges, updates or weights"
+    )
 
 
 class GenerationConfig(Section):
     """How the policy is sampled."""
 
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="rollout engine")
+    engine: Literal["vllm", "transformers"] = Field(default="vllm", description="rollout engine")
     max_new_tokens: PositiveInt = Field(description="longest completion")
-    temperature: PositiveFloat = Field(1.0, description="softmax temperature, applied in every log-prob pass too")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="must be 1 in training: see the error")
-    top_k: NonNegativeInt = Field(0, description="must be 0 (all tokens) in training: see the error")
-    dtype: Dtype | None = Field(None, description="precision of the engine's weights; null: that of the learner")
-    cache_gib: PositiveFloat = Field(1.0, description="memory for vLLM's KV cache, in GiB (CPU)")
-    gpu_memory_fraction: Fraction = Field(0.5, description="share of a GPU's memory that vLLM may use")
-    max_sequences: PositiveInt = Field(64, description="sequences that one engine samples at the same time")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="softmax temperature, applied in every log-prob pass too"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="must be 1 in training: see the error")
+    top_k: NonNegativeInt = Field(default=0, description="must be 0 (all tokens) in training: see the error")
+    dtype: Dtype | None = Field(
+        default=None, description="precision of the engine's weights; null: that of the learner"
+    )
+    cache_gib: PositiveFloat = Field(default=1.0, description="memory for vLLM's KV cache, in GiB (CPU)")
+    gpu_memory_fraction: Fraction = Field(default=0.5, description="share of a GPU's memory that vLLM may use")
+    max_sequences: PositiveInt = Field(default=64, description="sequences that one engine samples at the same time")
     probe_tolerance: PositiveFloat | None = Field(
-        None, description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 0.25 in bfloat16"
+        default=None,
+        description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 0.25 in bfloat16",
     )
     mismatch_alarm: PositiveFloat | None = Field(
-        None, description="mean |log-prob difference| to the learner that is reported; null: 1e-3 float32, 0.1 bfloat16"
+        default=None,
+        description="mean |log-prob difference| to the learner that is reported; null: 1e-3 float32, 0.1 bfloat16",
     )
     mismatch_stop: PositiveFloat | None = Field(
-        None, description="mean |log-prob difference| to the learner that stops the run; null: never"
+        default=None, description="mean |log-prob difference| to the learner that stops the run; null: never"
     )
 
     @model_validator(mode="after")
     def _no_truncated_sampling(self) -> Self:
         if self.top_p < 1:
             raise ValueError(
-                "top_p below 1 biases every importance ratio: the engine renormalises over the kept tokens, the learner "
-                "does not. Use 1.0 in training and shape the samples with temperature"
+                "top_p below 1 biases every importance ratio: the engine renormalises over the kept tokens, the "
+                "learner does not. Use 1.0 in training and shape the samples with temperature"
             )
         if self.top_k > 0:
             raise ValueError(
-                "top_k above 0 biases every importance ratio: the engine renormalises over the kept tokens, the learner "
-                "does not. Use 0 (all tokens) in training and shape the samples with temperature"
+                "top_k above 0 biases every importance ratio: the engine renormalises over the kept tokens, the "
+                "learner does not. Use 0 (all tokens) in training and shape the samples with temperature"
             )
         return self
 
@@ -158,47 +192,58 @@ class GenerationConfig(Section):
 class LearnerConfig(Section):
     """How the policy is updated."""
 
-    engine: Literal["torch", "deepspeed"] = Field("deepspeed", description="plain torch (one process) or DeepSpeed")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards over ranks")
-    dtype: Dtype = Field("float32", description="precision of the passes; bfloat16 keeps float32 master weights")
-    lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    warmup_steps: NonNegativeInt = Field(0, description="optimizer steps in which the rate rises from 0")
-    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW")
-    adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
-    adam_eps: PositiveFloat = Field(1e-8, description="of AdamW")
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
-    epochs: PositiveInt = Field(1, description="passes over a step's batch")
-    minibatches: PositiveInt = Field(1, description="optimizer steps in one pass")
-    tokens_per_microbatch: PositiveInt = Field(
-        4096, description="padded tokens in one forward pass; more are accumulated. A single row may be longer"
+    engine: Literal["torch", "deepspeed"] = Field(
+        default="deepspeed", description="plain torch (one process) or DeepSpeed"
     )
-    packing: bool = Field(False, description="rows of a micro-batch one behind the other instead of padded")
-    logit_chunk: PositiveInt = Field(512, description="completion positions whose logits exist at the same time")
-    threads: PositiveInt | None = Field(None, description="CPU threads of a trainer rank; null: what the cluster file gives")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="what DeepSpeed shards over ranks")
+    dtype: Dtype = Field(
+        default="float32", description="precision of the passes; bfloat16 keeps float32 master weights"
+    )
+    lr: PositiveFloat = Field(default=1e-6, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
+    warmup_steps: NonNegativeInt = Field(default=0, description="optimizer steps in which the rate rises from 0")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="of AdamW")
+    adam_betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
+    adam_eps: PositiveFloat = Field(default=1e-8, description="of AdamW")
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="gradients are scaled down to this norm")
+    epochs: PositiveInt = Field(default=1, description="passes over a step's batch")
+    minibatches: PositiveInt = Field(default=1, description="optimizer steps in one pass")
+    tokens_per_microbatch: PositiveInt = Field(
+        default=4096, description="padded tokens in one forward pass; more are accumulated. A single row may be longer"
+    )
+    packing: bool = Field(default=False, description="rows of a micro-batch one behind the other instead of padded")
+    logit_chunk: PositiveInt = Field(
+        default=512, description="completion positions whose logits exist at the same time"
+    )
+    threads: PositiveInt | None = Field(
+        default=None, description="CPU threads of a trainer rank; null: what the cluster file gives"
+    )
 
 
 class RewardConfig(Section):
     """What is good: a Python function."""
 
     function: str = Field(
-        description="`package.module:name` or `path/to/file.py:name`; f(prompts, completions, **columns) -> list[float | None]"
+        description="`package.module:name` or `path/to/file.py:name`: "
+        "f(prompts, completions, **columns) -> list[float | None]"
     )
-    timeout_s: PositiveFloat = Field(60.0, description="time limit of one call, which scores one group")
-    isolate: bool = Field(True, description="run it in a worker process; false: in this one, for a debugger, without limit")
+    timeout_s: PositiveFloat = Field(default=60.0, description="time limit of one call, which scores one group")
+    isolate: bool = Field(
+        default=True, description="run it in a worker process; false: in this one, for a debugger, without limit"
+    )
 
 
 class EvaluationConfig(Section):
     """Held-out prompts, answered before, during and after training."""
 
-    samples: NonNegativeInt = Field(3, description="prompts whose answers before and after stand in the report")
-    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    samples: NonNegativeInt = Field(default=3, description="prompts whose answers before and after stand in the report")
+    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy")
 
 
 class RunConfig(Section):
     """A whole run file."""
 
-    seed: NonNegativeInt = Field(0, description="every random number of the run is derived from it")
+    seed: NonNegativeInt = Field(default=0, description="every random number of the run is derived from it")
     model: ModelConfig
     algorithm: AlgorithmConfig
     data: DataConfig
@@ -210,7 +255,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.learner.engine == "torch" and self.learner.zero_stage != 2 and "zero_stage" in self.learner.model_fields_set:
+        if (
+            self.learner.engine == "torch"
+            and self.learner.zero_stage != 2
+            and "zero_stage" in self.learner.model_fields_set
+        ):
             raise ValueError("learner.zero_stage is DeepSpeed's: with learner.engine=torch nothing is sharded")
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(

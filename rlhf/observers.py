@@ -1,8 +1,8 @@
 """Who is told how a run goes: lines, metrics.jsonl, TensorBoard. An observer never changes the run.
 
-The driver calls `started` once, then `step`, `note` and `evaluated` in the order of events, and `finished` once, whatever
-happened. The progress bar of a terminal is in rlhf/cli/progress.py. Imports neither torch nor ray: TensorBoard's writer, which
-needs torch, is imported by the class that uses it.
+The driver calls `started` once, then `step`, `note` and `evaluated` in the order of events, and `finished` once,
+whatever happened. The progress bar of a terminal is in rlhf/cli/progress.py. Imports neither torch nor ray:
+TensorBoard's writer, which needs torch, is imported by the class that uses it.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from rlhf.config import RunConfig
 from rlhf.evaluation.heldout import HeldoutReport
@@ -104,8 +104,8 @@ class PlainLines:
 class JsonlMetrics:
     """RUN_DIR/metrics.jsonl: one object a step, durable when `step` returns.
 
-    A run that goes on at step s drops the lines of steps s and later first: they are replayed, and a step stands there once.
-    A torn last line, the mark of a process that died while writing, is dropped with them.
+    A run that goes on at step s drops the lines of steps s and later first: they are replayed, and a step stands there
+    once. A torn last line, the mark of a process that died while writing, is dropped with them.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -186,7 +186,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def read_jsonl(path: Path) -> list[dict[str, object]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that is only appended to; a torn last line is left out, a missing file is empty.
 
     Raises ValueError when any other line is not an object: then something else wrote into the file.

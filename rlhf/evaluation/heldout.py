@@ -22,8 +22,8 @@ class Answer:
 class HeldoutReport:
     """One evaluation.
 
-    step, updates before it. reward_mean and reward_std (over answers, population form) of the n answers that were scored;
-    unscored, the others. length_mean in tokens, unfinished_fraction of all answers. samples, the answers that are shown.
+    step, updates before it. reward_mean and reward_std (over answers, population form) of the n answers that were
+    scored; unscored, the others. length_mean in tokens, unfinished_fraction of all answers. samples, those to show.
     """
 
     step: int
