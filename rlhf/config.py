@@ -1,13 +1,13 @@
 """What to train: the run file. Every key, its default and its meaning.
 
 Pydantic models that refuse unknown keys; the algorithm is a union on its name. Imports neither torch nor ray, so that a
-bad file is refused before anything heavy is loaded. `rlhf.config_file` reads YAML and `key=value` overrides. Documented in
-docs/configuration.md, which a test holds together with the code.
+bad file is refused before anything heavy is loaded. `rlhf.config_file` reads YAML and `key=value` overrides.
+Documented in docs/configuration.md, which a test holds together with the code.
 """
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -64,7 +64,7 @@ class KlConfig(Section):
 class RlooConfig(Section):
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
 
-    name: Literal["rloo"]
+    name: Literal["rloo"] = Field(description="which algorithm")
     samples_per_prompt: PositiveInt = Field(default=4, description="completions sampled for each prompt; at least 2")
     kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
     ratio_cap: PositiveFloat = Field(
@@ -83,7 +83,7 @@ class RlooConfig(Section):
 class ReinforceConfig(Section):
     """REINFORCE, the whole completion as one action (arXiv 2402.14740, section 2)."""
 
-    name: Literal["reinforce"]
+    name: Literal["reinforce"] = Field(description="which algorithm")
     samples_per_prompt: PositiveInt = Field(default=1, description="completions sampled for each prompt")
     baseline: Literal["none", "moving_average"] = Field(
         default="moving_average",
@@ -95,7 +95,7 @@ class ReinforceConfig(Section):
     )
 
 
-AlgorithmConfig = Annotated[RlooConfig | ReinforceConfig, Field(discriminator="name")]
+AlgorithmConfig = Annotated[RlooConfig | ReinforceConfig, Discriminator("name")]
 
 
 class DataConfig(Section):
@@ -244,14 +244,16 @@ class RunConfig(Section):
     """A whole run file."""
 
     seed: NonNegativeInt = Field(default=0, description="every random number of the run is derived from it")
-    model: ModelConfig
-    algorithm: AlgorithmConfig
-    data: DataConfig
-    loop: LoopConfig
-    generation: GenerationConfig
-    learner: LearnerConfig = Field(default_factory=LearnerConfig)
-    reward: RewardConfig
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    model: ModelConfig = Field(description="the policy")
+    algorithm: AlgorithmConfig = Field(description="how credit is assigned and what the loss is; a union on its name")
+    data: DataConfig = Field(description="the prompts")
+    loop: LoopConfig = Field(description="how long, in what portions, and when to look")
+    generation: GenerationConfig = Field(description="how the policy is sampled")
+    learner: LearnerConfig = Field(default_factory=LearnerConfig, description="how the policy is updated")
+    reward: RewardConfig = Field(description="what is good")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="held-out prompts, answered during the run"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -1,0 +1,123 @@
+"""Reads run files and cluster files: YAML plus `key=value` overrides in, checked settings out.
+
+Every fault is a BadInput that names the file (or the override), the whole key, what was found and what is expected, one
+line a fault. Imports neither torch nor ray nor transformers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.cluster import Cluster
+from rlhf.config import RunConfig
+from rlhf.config_keys import explain
+from rlhf.errors import BadInput
+from rlhf.yaml_reader import parse
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run file with the overrides applied, checked, its relative paths made absolute.
+
+    A relative `data.path`, `model.name` or file of `reward.function` is looked for below the current directory, then
+    below the run file's folder; what is in neither stays as it is (a hub name, an import path, or a fault for its reader).
+    """
+    config = _load(path, overrides, RunConfig)
+    folders = (Path.cwd(), path.resolve().parent)
+    model, data, reward = config.model, config.data, config.reward
+    file, colon, name = reward.function.rpartition(":")
+    if file.endswith(".py"):
+        reward = reward.model_copy(update={"function": _absolute(file, folders) + colon + name})
+    if "/" in model.name or model.name.startswith((".", "~")):
+        model = model.model_copy(update={"name": _absolute(model.name, folders)})
+    data = data.model_copy(update={"path": _absolute(data.path, folders)})
+    return config.model_copy(update={"model": model, "data": data, "reward": reward})
+
+
+def load_cluster(path: Path, overrides: Sequence[str]) -> Cluster:
+    """The cluster file with the overrides applied, checked."""
+    return _load(path, overrides, Cluster)
+
+
+def dump(config: BaseModel) -> str:
+    """All keys as YAML, defaults included; secrets (pydantic's SecretStr) are written as asterisks."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
+    """The full keys, sorted, whose values differ between two files of one kind."""
+    left, right = _flat(old.model_dump(mode="json"), ""), _flat(new.model_dump(mode="json"), "")
+    missing = object()
+    return sorted(key for key in left.keys() | right.keys() if left.get(key, missing) != right.get(key, missing))
+
+
+def _load(path: Path, overrides: Sequence[str], kind: type[Model]) -> Model:
+    data = _read(path)
+    sources: dict[str, str] = {}
+    for override in overrides:
+        key, value = _split(override)
+        _put(data, key, value, override)
+        sources[key] = override
+    try:
+        # JSON's strict mode refuses to guess ("5" is no number, true no 1) but takes 1 for 1.0 and a list for a tuple.
+        return kind.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise BadInput("\n".join(explain(error, data, kind, str(path), sources))) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file (looked in {Path.cwd()})") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{path}: is a folder; expected a YAML file") from error
+    except (PermissionError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    data = parse(text, str(path))
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise BadInput(f"{path}: found {found} at the top; expected keys with values, such as `seed: 0`")
+    return data
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise BadInput(f"override '{override}': expected key.sub=value, such as learner.lr=1e-5")
+    return key, parse(text, f"override '{override}'")
+
+
+def _put(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    place = data
+    for depth, name in enumerate(parents, start=1):
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+        if not isinstance(place, dict):
+            above = ".".join(parents[:depth])
+            raise BadInput(f"override '{override}': {above} is {place!r}, which has no keys below it")
+    place[last] = value
+
+
+def _absolute(name: str, folders: Sequence[Path]) -> str:
+    path = Path(name).expanduser()
+    for candidate in [folder / path for folder in folders]:
+        if candidate.exists():
+            return str(candidate.resolve())
+    return str(path) if name.startswith("~") else name
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat.update(_flat(part, f"{key}.{name}" if key else name))
+    return flat
