@@ -1,0 +1,145 @@
+"""KL estimators against enumeration of a three-token policy, and of every sequence of a two-token one (gradients
+too)."""
+
+import pytest
+import torch
+
+from rlhf.ops.kl import adaptive_coefficient, k1, k2, k3
+from rlhf.ops.losses import k2_loss, k3_loss, policy_gradient
+
+POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+REVERSE = [0.346243, -0.220389, -0.125854]
+FORWARD = [0.3, -0.2, -0.1]
+NO_CLAMP = 50.0
+
+
+def logits_and_rows():
+    """The policy's logits, and one row a token: its log-probability (3, 1), the reference's, a full mask."""
+    logits = POLICY.log().requires_grad_()
+    return logits, logits.log_softmax(0).unsqueeze(1), REFERENCE.log().unsqueeze(1), torch.ones(3, 1, dtype=torch.bool)
+
+
+def test_expected_values():
+    """G-KL: k1 and k3 are unbiased for the reverse KL .223805 (forward .193794, wrong sign in k3 .339529); k2 is
+    biased."""
+    log_ratio = POLICY.log() - REFERENCE.log()
+    estimates = [k1(log_ratio), k2(log_ratio), k3(log_ratio, NO_CLAMP)[0]]
+    expected = [(POLICY * estimate).sum().item() for estimate in estimates]
+    assert expected == pytest.approx([0.223805, 0.265479, 0.223805], abs=1e-6)
+    assert (k3(log_ratio, NO_CLAMP)[0] >= 0).all()
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl():
+    """Expectation over all tokens: the policy gradient of the detached cost k1."""
+    logits, logprobs, reference, mask = logits_and_rows()
+    policy_gradient(logprobs, -k1(logprobs - reference).detach(), mask, POLICY.unsqueeze(1)).backward()
+    assert logits.grad.tolist() == pytest.approx(REVERSE, abs=1e-6)
+
+
+def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl():
+    """Expectation over all tokens: the weights are the probabilities."""
+    logits, logprobs, reference, mask = logits_and_rows()
+    k2_loss(logprobs, reference, mask, POLICY.unsqueeze(1)).backward()
+    assert logits.grad.tolist() == pytest.approx(REVERSE, abs=1e-6)
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl():
+    """GRPO's default pulls along KL(reference || policy), which the configuration says."""
+    logits, logprobs, reference, mask = logits_and_rows()
+    loss, clamped = k3_loss(logprobs, reference, mask, POLICY.unsqueeze(1), NO_CLAMP)
+    loss.backward()
+    assert logits.grad.tolist() == pytest.approx(FORWARD, abs=1e-6)
+    assert clamped.item() == 0
+
+
+def test_k1_as_a_loss_has_no_gradient_and_k3_in_the_reward_a_wrong_one():
+    """Controls: what a mistaken use of the same functions gives, so that the tests above cannot pass by accident."""
+    logits, logprobs, reference, _ = logits_and_rows()
+    (POLICY * k1(logprobs - reference).squeeze(1)).sum().backward()
+    assert logits.grad.abs().max().item() == pytest.approx(0.0, abs=1e-12)
+    logits, logprobs, reference, mask = logits_and_rows()
+    cost = k3(logprobs - reference, NO_CLAMP)[0].detach()
+    policy_gradient(logprobs, -cost, mask, POLICY.unsqueeze(1)).backward()
+    assert logits.grad.tolist() == pytest.approx([0.046243, -0.020389, -0.025854], abs=1e-6)
+
+
+def two_token_sequences():
+    """All four sequences of a two-token policy whose second token depends on the first, and the gradient of their
+    exact KL.
+
+    Returns logits (3, 2) (start, after 0, after 1), logprobs (4, 2), reference logprobs (4, 2), and the KL's gradient
+    (3, 2).
+    """
+    start = torch.tensor([[0.3, -0.2], [1.0, -0.5], [-0.7, 0.4]], dtype=torch.float64)
+    reference = torch.tensor([[-0.4, 0.1], [0.2, 0.3], [0.5, -0.9]], dtype=torch.float64).log_softmax(1)
+    first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+
+    def tokens(table):
+        return torch.stack([table[0, first], table[1 + first, second]], dim=1)
+
+    exact = start.clone().requires_grad_()
+    logprobs = tokens(exact.log_softmax(1))
+    (logprobs.sum(1).exp() * (logprobs - tokens(reference)).sum(1)).sum().backward()
+    logits = start.clone().requires_grad_()
+    return logits, tokens(logits.log_softmax(1)), tokens(reference), exact.grad
+
+
+def test_sequence_k2_is_the_gradient_of_the_sequence_kl_where_token_k2_is_not():
+    """Enumeration of all sequences; control: the sum of the tokens' squares misses what the first token does to the
+    second."""
+    logits, logprobs, reference, expected = two_token_sequences()
+    mask, weights = torch.ones(4, 2, dtype=torch.bool), logprobs.detach().sum(1, keepdim=True).exp().expand(4, 2)
+    k2_loss(logprobs, reference, mask, weights).backward()
+    assert torch.allclose(logits.grad, expected, atol=1e-12)
+
+    logits, logprobs, reference, expected = two_token_sequences()
+    (weights * k2(logprobs - reference)).sum().backward()
+    assert (logits.grad[0] - expected[0]).abs().max() > 0.01
+
+
+def test_sequence_k1_in_the_reward_is_the_gradient_of_the_sequence_kl():
+    """The summed k1 as a bandit's cost."""
+    logits, logprobs, reference, expected = two_token_sequences()
+    mask, weights = torch.ones(4, 2, dtype=torch.bool), logprobs.detach().sum(1, keepdim=True).exp().expand(4, 2)
+    cost = k1(logprobs - reference).detach().sum(1, keepdim=True).expand(4, 2)
+    policy_gradient(logprobs, -cost, mask, weights).backward()
+    assert torch.allclose(logits.grad, expected, atol=1e-12)
+
+
+def test_k2_loss_without_weights_is_half_the_square_of_the_sum():
+    """The value that is logged; the masked position, NaN in both columns, is not in it."""
+    logprobs = torch.tensor([[-1.0, -2.0, torch.nan]], requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.0, torch.nan]])
+    mask = torch.tensor([[True, True, False]])
+    loss = k2_loss(logprobs, reference, mask, torch.ones(1, 3))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.5 - 1.0) ** 2)
+    assert logprobs.grad.tolist() == [[-0.5, -0.5, 0.0]]
+
+
+def test_k3_clamp_is_counted():
+    """G-K3 values; beyond the clamp the value stays, the gradient is 0 and the position is reported."""
+    log_ratio = torch.tensor([-10.0, -1.0, 1.0, 10.0], dtype=torch.float64)
+    free, clamped = k3(log_ratio, NO_CLAMP)
+    assert free.tolist() == pytest.approx([22015.4658, 0.71828, 0.36788, 9.00005], abs=1e-4)
+    assert not clamped.any()
+    held, clamped = k3(log_ratio, 5.0)
+    assert held.tolist() == pytest.approx([142.41316, 0.71828, 0.36788, 4.00674], abs=1e-4)
+    assert clamped.tolist() == [True, False, False, True]
+
+
+def test_long_answers_far_from_the_reference_stay_finite():
+    """4096 tokens, each 100 nats under the reference: a finite loss and gradient, all positions counted."""
+    logprobs = torch.full((1, 4096), -120.0, requires_grad=True)
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+    loss, clamped = k3_loss(logprobs, torch.full((1, 4096), -20.0), mask, torch.ones(1, 4096), 20.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
+    assert clamped.item() == 4096
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(9.0, 0.050512), (3.0, 0.049488), (6.0, 0.05)])
+def test_adaptive_coefficient(kl, expected):
+    """G-AKL: target 6, horizon 10 000, 512 samples."""
+    assert adaptive_coefficient(0.05, kl, 6.0, 512, 10_000.0) == pytest.approx(expected, abs=1e-9)
