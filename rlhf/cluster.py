@@ -3,9 +3,10 @@
 Results do not depend on it. Pydantic, unknown keys refused; imports neither torch nor ray.
 """
 
-from typing import Annotated
+import math
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -38,3 +39,13 @@ class Cluster(Section):
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
+
+    @model_validator(mode="after")
+    def _one_ledger(self) -> Self:
+        if self.buffer.replicas != 1:
+            raise ValueError(f"buffer.replicas must be 1, the ledger has one writer; found {self.buffer.replicas}")
+        return self
+
+    def threads_of(self, role: Role) -> int:
+        """Compute threads of an actor of this role, the same in one process and on Ray."""
+        return self.threads_per_role or max(1, math.ceil(role.cpus))

@@ -173,6 +173,14 @@ class Group:
         return replace(self, samples=samples)
 
 
+def fill_in(groups: Sequence[Group], columns: Sequence[Columns]) -> list[Group]:
+    """The groups, in their order, with every column set of its prompt filled in."""
+    filled = {group.prompt.id: group for group in groups}
+    for column in columns:
+        filled[column.prompt_id] = filled[column.prompt_id].with_columns(column)
+    return [filled[group.prompt.id] for group in groups]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """One sequence to train on.

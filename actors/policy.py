@@ -1,0 +1,118 @@
+"""The policy trainer: a group of rank actors, and the driver's view of them as one learner."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from actors import waiting
+from rlhf import metrics
+from rlhf.algorithms.table import build
+from rlhf.config import RunConfig
+from rlhf.experience import Columns, Group, TrainBatch, fill_in
+from rlhf.interfaces import Handle, Published
+from rlhf.learner.learner import PolicyLearner
+from rlhf.metrics import Metrics
+from rlhf.weights import Weights
+
+
+class PolicyRank:
+    """One rank of the trainer. The ranks meet in collectives inside `update`, `publish`, `save` and `load`."""
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int, threads: int) -> None:
+        self._config, self._rank, self._world_size, self._threads = config, rank, world_size, threads
+
+    def meeting_point(self) -> str:
+        """host:port where the ranks find each other; asked of rank 0, whose system picks the port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def setup(self, meeting_point: str) -> None:
+        torch.set_num_threads(self._threads)
+        algorithm = build(self._config.algorithm)
+        self._learner = PolicyLearner(self._config, algorithm, self._rank, self._world_size, meeting_point)
+        self._learner.setup()
+
+    def annotate_share(self, groups: Sequence[Group]) -> list[Columns]:
+        return self._learner.annotate_share(groups)
+
+    def fill_in(self, groups: Sequence[Group], *shares: list[Columns]) -> list[Group]:
+        return fill_in(groups, [columns for share in shares for columns in share])
+
+    def prepare(self, groups: Sequence[Group]) -> TrainBatch:
+        return self._learner.prepare(groups)
+
+    def update(self, batch: TrainBatch) -> tuple[int, Metrics]:
+        measured = self._learner.update(batch)
+        return self._learner.version, measured
+
+    def publish(self) -> tuple[Published | None, Weights | None]:
+        """What was published and the weights themselves, from rank 0; None from the others, which take part."""
+        weights = self._learner.publish()
+        if weights is None:
+            return None, None
+        return Published(weights.version, weights.fingerprint, weights.size_bytes, None), weights
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> int:
+        self._learner.load(folder)
+        return self._learner.version
+
+
+PolicyActor = ray.remote(PolicyRank)
+
+
+class RemoteLearner:
+    """`Learner` on Ray. Groups, batches and weights are references that go from actor to actor."""
+
+    def __init__(self, ranks: Sequence[ActorHandle], timeout_s: float, *, annotates: bool) -> None:
+        self._ranks = list(ranks)
+        self._timeout_s = timeout_s
+        self._annotates = annotates
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def begin_setup(self) -> list[ray.ObjectRef]:
+        """Starts the set-up of all ranks, which wait for each other; the caller waits for the references."""
+        meeting_point = self._ranks[0].meeting_point.remote()
+        return [rank.setup.remote(meeting_point) for rank in self._ranks]
+
+    def annotate(self, groups: Handle) -> Handle:
+        if not self._annotates:
+            return groups
+        shares = [rank.annotate_share.remote(groups) for rank in self._ranks]
+        self._wait(shares, "annotating")
+        return self._ranks[0].fill_in.remote(groups, *shares)
+
+    def prepare(self, groups: Handle) -> Handle:
+        return self._ranks[0].prepare.remote(groups)
+
+    def update(self, batch: Handle) -> Metrics:
+        answers = self._wait([rank.update.remote(batch) for rank in self._ranks], f"update {self._version + 1}")
+        self._version = answers[0][0]
+        return metrics.merge(measured for _, measured in answers)
+
+    def publish(self) -> Published:
+        refs = [rank.publish.options(num_returns=2).remote() for rank in self._ranks]
+        published, *_ = self._wait([summary for summary, _ in refs], f"publishing version {self._version}")
+        return Published(published.version, published.fingerprint, published.size_bytes, refs[0][1])
+
+    def save(self, folder: Path) -> None:
+        self._wait([rank.save.remote(folder) for rank in self._ranks], f"saving to {folder}")
+
+    def load(self, folder: Path) -> None:
+        versions = self._wait([rank.load.remote(folder) for rank in self._ranks], f"loading {folder}")
+        self._version = versions[0]
+
+    def _wait(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+        return waiting.get(refs, f"policy trainer: {what}", self._timeout_s)

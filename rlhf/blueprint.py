@@ -1,0 +1,44 @@
+"""What a run needs, derived from its run file: the same for a team in one process and a team on Ray."""
+
+from dataclasses import dataclass
+
+from rlhf.algorithms import Algorithm
+from rlhf.algorithms.table import build
+from rlhf.config import RunConfig
+from rlhf.experience import REF_LOGPROBS, Sampling
+from rlhf.sources import Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """The algorithm, what is sampled, and who fills which column.
+
+    judged, the columns a group must have before it is complete. reference_judge, whether a frozen model fills the reference
+    log-probs; with LoRA the learner fills them instead, with the adapter off.
+    """
+
+    config: RunConfig
+    algorithm: Algorithm
+    demand: Demand
+    judged: frozenset[str]
+    reference_judge: bool
+
+
+def draw(config: RunConfig) -> Blueprint:
+    algorithm = build(config.algorithm)
+    generation, loop = config.generation, config.loop
+    learner_fills = {REF_LOGPROBS} if config.model.lora is not None else set()
+    demand = Demand(
+        groups_per_step=loop.groups_per_step,
+        num_steps=loop.num_steps,
+        max_staleness=loop.max_staleness,
+        samples_per_prompt=config.algorithm.samples_per_prompt,
+        sampling=Sampling(generation.temperature, generation.top_p, generation.top_k, generation.max_new_tokens),
+        wait_timeout_s=loop.wait_timeout_s,
+    )
+    judged = algorithm.needs - learner_fills
+    return Blueprint(config, algorithm, demand, frozenset(judged), REF_LOGPROBS in judged)
+
+
+def evaluation_sampling(config: RunConfig) -> Sampling:
+    return Sampling(config.evaluation.temperature, 1.0, 0, config.generation.max_new_tokens)

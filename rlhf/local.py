@@ -1,0 +1,146 @@
+"""The team in one process: the same parts as on Ray, without it, under any debugger."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.buffer.schema import FILE_NAME
+from rlhf.buffer.store import ExperienceBuffer
+from rlhf.experience import REF_LOGPROBS, REWARD, Group, TrainBatch, fill_in
+from rlhf.generation.build import build_generator
+from rlhf.interfaces import Generator, Handle, Judge, Published, Request, Result, Task
+from rlhf.judges.reference import ReferenceJudge
+from rlhf.judges.reward_function import RewardFunctionJudge
+from rlhf.learner.learner import PolicyLearner
+from rlhf.loop import Team
+from rlhf.metrics import Metrics
+from rlhf.sources import JudgeDesk, PolicySource
+from rlhf.team import MAX_ATTEMPTS, Order, assemble, pins
+from rlhf.weights import Receipt, Weights
+
+
+@dataclass(slots=True)
+class _Errand:
+    task: Task
+    results: Iterator[tuple[int, Any]]
+    missing: set[int]
+
+
+class LocalWorkers:
+    """One worker in this process. Its work happens inside `collect`, one result a call; `timeout_s` is not needed."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[Any], Iterator[tuple[int, Any]]],
+        load: Callable[[Weights], Receipt] | None,
+    ) -> None:
+        self._name, self._work, self._load = name, work, load
+        self._errands: deque[_Errand] = deque()
+
+    def submit(self, task: Task) -> None:
+        self._errands.append(_Errand(task, self._work(task.payload), set(task.prompt_ids)))
+
+    def collect(self, timeout_s: float) -> list[Result]:
+        if not self._errands:
+            return []
+        errand, before = self._errands[0], time.monotonic()
+        prompt_id, value = next(errand.results)
+        errand.missing.discard(prompt_id)
+        if not errand.missing:
+            self._errands.popleft()
+        return [Result(errand.task.number, (prompt_id,), value, None, self._name, time.monotonic() - before)]
+
+    def room(self) -> int:
+        return 0 if self._errands else 1
+
+    def holding(self) -> list[str]:
+        return [f"{self._name} holds prompts {sorted(errand.missing)}" for errand in self._errands]
+
+    def load(self, weights: Handle) -> list[Receipt]:
+        return [self._load(weights)] if self._load else []
+
+    def fetch(self, handle: Handle) -> Any:
+        return handle
+
+
+class LocalLearner:
+    """The only rank of a policy trainer, in this process."""
+
+    def __init__(self, rank: PolicyLearner) -> None:
+        self._rank = rank
+
+    @property
+    def version(self) -> int:
+        return self._rank.version
+
+    def annotate(self, groups: list[Group]) -> list[Group]:
+        return fill_in(groups, self._rank.annotate_share(groups))
+
+    def prepare(self, groups: list[Group]) -> TrainBatch:
+        return self._rank.prepare(groups)
+
+    def update(self, batch: TrainBatch) -> Metrics:
+        return self._rank.update(batch)
+
+    def publish(self) -> Published:
+        weights = self._rank.publish()
+        return Published(weights.version, weights.fingerprint, weights.size_bytes, weights)
+
+    def save(self, folder: Path) -> None:
+        self._rank.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._rank.load(folder)
+
+
+def answers(generator: Generator, request: Request) -> Iterator[tuple[int, Group]]:
+    groups = generator.generate(request.prompts, request.sampling, request.samples_per_prompt, request.purpose)
+    return ((group.prompt.id, group) for group in groups)
+
+
+def judgement(judge: Judge, group: Group) -> Iterator[tuple[int, Any]]:
+    yield group.prompt.id, judge.judge(group)
+
+
+@contextmanager
+def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
+    """The whole team in this process; everything that it started ends with the block.
+
+    Threads are those that the cluster file gives a trainer rank: sums on a CPU depend on their number.
+    """
+    config, blueprint = order.blueprint.config, order.blueprint
+    torch.set_num_threads(order.cluster.threads_of(order.cluster.trainer))
+    with ExitStack() as closing:
+        buffer = ExperienceBuffer(order.run_dir / FILE_NAME, blueprint.judged, None, MAX_ATTEMPTS)
+        buffer.open()
+        closing.callback(buffer.close)
+        for name, value in pins(order).items():
+            buffer.pin(name, value)
+        rank = PolicyLearner(config, blueprint.algorithm, 0, 1, None)
+        rank.setup()
+        generator = build_generator(config, "rollout-0")
+        closing.callback(generator.close)
+        generator.setup()
+        desks = []
+        for name, columns, judge in _judges(order):
+            closing.callback(judge.close)
+            judge.setup()
+            work = partial(judgement, judge)
+            desks.append(JudgeDesk(name, columns, name == "reward", LocalWorkers(name, work, None)))
+        rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
+        yield assemble(order, LocalLearner(rank), buffer, rollouts, desks)
+
+
+def _judges(order: Order) -> Iterator[tuple[str, frozenset[str], Judge]]:
+    config = order.blueprint.config
+    yield "reward", frozenset({REWARD}), RewardFunctionJudge(config.reward)
+    if order.blueprint.reference_judge:
+        yield "reference", frozenset({REF_LOGPROBS}), ReferenceJudge(config)
