@@ -1,1 +1,1 @@
-"""The durable heart: prompt ledger and experience store on SQLite, and the way out to Hugging Face datasets."""
+"""The durable heart: ledger and store on one SQLite file, seeded row order, offline rows, verification, export."""
