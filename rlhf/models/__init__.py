@@ -1,1 +1,1 @@
-"""Models: loading, LoRA, the tiny offline model, SmolLM2 without a hub."""
+"""Loading of models, low-rank adapters, and the small models that need no hub."""

@@ -1,0 +1,115 @@
+"""Models and tokenizers as training wants them: dropout off, no cache, the attention kernel that was asked for.
+
+One function loads the policy, the reference and the generator's copy, so that they run the same kernels alike.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from rlhf.config import Dtype, LoraConfig, ModelConfig
+from rlhf.errors import BadInput
+from rlhf.models.resolve import resolve
+from rlhf.seeding import seed_for
+
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
+    """The model's tokenizer; where it has no padding token, EOS pads (masks never look at ids, so nothing is lost)."""
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"model.name: the tokenizer of {name} has no EOS token, so no completion could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
+    """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0, without a cache.
+
+    Raises BadInput for an encoder-decoder, an attention implementation that the model does not have, or tensors that
+    the folder lacks (transformers would fill them with random numbers).
+    """
+    folder = resolve(config.name)
+    settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
+    if settings.is_encoder_decoder:
+        raise BadInput(f"model.name: {config.name} is an encoder-decoder; training needs a causal language model")
+    model, report = _from_folder(folder, settings, config, dtype)
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise BadInput(f"model.name: {folder} lacks tensors, or has them in another shape: {', '.join(missing[:5])}")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    model.train(False)
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftModel:
+    """The model with low-rank adapters: y = W x + (alpha / rank) B A x, B = 0, A from a seed (arXiv 2106.09685).
+
+    Adapters are float32 whatever the base; the base is frozen. Each A is drawn from a seed of its own name.
+    Raises BadInput when target_modules names no layer.
+    """
+    settings = PeftConfig(
+        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type] target_modules=lora.target_modules, lora_dropout=0.0, bias="none",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced
+            adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise BadInput(f"model.lora.target_modules: {error}") from error
+    with torch.no_grad():
+        for name, parameter in sorted(adapted.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            if "lora_A" in name:
+                generator = torch.Generator().manual_seed(seed_for(run_seed, f"lora {name}"))
+                bound = 1 / math.sqrt(parameter.shape[1])  # what kaiming_uniform with a = sqrt(5) comes to
+                parameter.uniform_(-bound, bound, generator=generator)
+            else:
+                parameter.zero_()
+    adapted.train(False)
+    return adapted
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every token that ends a completion: the EOS ids of generation config, model config and tokenizer, ascending."""
+    found: set[int] = {int(tokenizer.eos_token_id)}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def _from_folder(
+    folder: Path, settings: PretrainedConfig, config: ModelConfig, dtype: Dtype
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, list[str]]] = AutoModelForCausalLM.from_pretrained(
+            folder, config=settings, dtype=DTYPES[dtype], attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code, output_loading_info=True,
+        )  # type: ignore[assignment]  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"model.name: {config.name} with model.attention={config.attention}: {error}") from error
+    return loaded
+
+
+def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
+    """Sets every dropout rate to 0: a log-probability must be a number, not a random variable."""
+    for part in (settings, settings.get_text_config()):
+        rates = [key for key, value in part.to_dict().items() if "drop" in key and isinstance(value, float)]
+        for key in rates:
+            setattr(part, key, 0.0)
+    return settings

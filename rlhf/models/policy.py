@@ -1,0 +1,115 @@
+"""The policy as the learner and the reference see it: token ids in, log-probabilities of chosen tokens out.
+
+Everything happens inside one `forward`, so that an engine that gathers sharded parameters around calls of modules
+(ZeRO-3) needs to know nothing of it. It knows nothing of rows, groups or losses.
+"""
+
+import inspect
+from typing import NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import BadInput
+from rlhf.ops.logprobs import token_logprobs
+from rlhf.weights import probe_ids
+
+_HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+
+
+class ModelInputs(NamedTuple):
+    """R sequences of L tokens (packed: R = 1) and the N predictions that are wanted.
+
+    input_ids, position_ids (R, L) int64; attention_mask (R, L) int64, or None when rows are packed and position_ids
+    restart at each of them. predictors (N,) int64, flat positions in R x L whose hidden state predicts a target;
+    targets (N,) int64; temperature (N,) float32.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    temperature: Tensor
+
+
+class PolicyModel(nn.Module):
+    """Log-probabilities and entropies of chosen tokens under a causal language model, with or without adapters.
+
+    Logits exist for the wanted predictions only, `logit_chunk` at a time. Raises BadInput at construction when the
+    model's logits are not just the output head on the trunk's last hidden state (soft-capping, scaling), or when the
+    model takes no position_ids.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, logit_chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self._logit_chunk = logit_chunk
+        self._check()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model; its layers hold the adapters where there are any."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def _trunk(self) -> nn.Module:
+        return cast(nn.Module, self.base.get_decoder())  # type: ignore[no-untyped-call]
+
+    @property
+    def _head(self) -> nn.Module:
+        return cast(nn.Module, self.base.get_output_embeddings())  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """logprobs (N,) float32 with gradient and entropy (N,) float32 without; arguments as in ModelInputs."""
+        states = self._trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        chosen = states.reshape(-1, states.shape[-1])[predictors]
+        return token_logprobs(self._head, chosen, targets, temperature, self._logit_chunk)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Compares `forward` with the model's own logits on the probe sequence; knows no list of model families."""
+        name, trunk = type(self.base).__name__, self._trunk
+        takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        if not isinstance(self._head, nn.Module) or trunk is self.base or not takes_positions:
+            raise BadInput(f"model.name: {name} has no output head on a trunk that takes position_ids; expected both")
+        inputs = probe_inputs(self.base.config.vocab_size)
+        mine, _ = self(*inputs)
+        logits = self.model(input_ids=inputs.input_ids, use_cache=False).logits[0, :-1].float()
+        theirs = torch.log_softmax(logits, dim=-1).gather(1, inputs.targets[:, None])[:, 0]
+        difference = float((mine - theirs).abs().max())
+        if not difference <= _HEAD_TOLERANCE[self.base.dtype]:
+            raise BadInput(
+                f"model.name: the logits of {name} are not its output head on its last hidden state (log-probs differ by "
+                f"{difference:.3g}: soft-capped or scaled logits look like this); such models are not supported"
+            )
+
+
+def probe_inputs(vocabulary: int) -> ModelInputs:
+    """The fixed sequence of the weight probe: all tokens but the first, at temperature 1."""
+    ids = torch.from_numpy(probe_ids(vocabulary).astype("int64"))
+    count = len(ids) - 1
+    return ModelInputs(
+        input_ids=ids[None],
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        position_ids=torch.arange(len(ids))[None],
+        predictors=torch.arange(count),
+        targets=ids[1:],
+        temperature=torch.ones(count),
+    )
