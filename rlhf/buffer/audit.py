@@ -134,7 +134,7 @@ class ExperienceView:
 
 
 def verify(path: Path) -> Verification:
-    """Checks the file's structure, every checksum, every invariant of the ledger. Opens read-only; never raises for them."""
+    """Checks the structure of the file, every checksum, every ledger invariant. Never raises for what it finds."""
     problems: list[str] = []
     counted = dict.fromkeys(LEDGER_KEYS, 0)
     try:
@@ -238,8 +238,8 @@ def _groups(connection: sqlite3.Connection, path: Path, problems: list[str]) -> 
             continue
         if (group.policy_version, len(group.samples)) != (version, samples):
             problems.append(
-                f"{path}: groups: prompt {prompt_id}: the row says version {version} and {samples} samples, its payload "
-                f"{group.policy_version} and {len(group.samples)}"
+                f"{path}: groups: prompt {prompt_id}: the row says version {version} and {samples} samples, its "
+                f"payload {group.policy_version} and {len(group.samples)}"
             )
         missing = required - stored_names(connection, prompt_id)
         if missing and state in ("complete", "trained"):
