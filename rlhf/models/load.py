@@ -61,9 +61,13 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
     Raises BadInput when target_modules names no layer.
     """
     settings = PeftConfig(
-        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type] target_modules=lora.target_modules, lora_dropout=0.0, bias="none",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; a fraction is as good
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        bias="none",
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced
             adapted = get_peft_model(model, settings)

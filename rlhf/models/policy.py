@@ -96,8 +96,8 @@ class PolicyModel(nn.Module):
         difference = float((mine - theirs).abs().max())
         if not difference <= _HEAD_TOLERANCE[self.base.dtype]:
             raise BadInput(
-                f"model.name: the logits of {name} are not its output head on its last hidden state (log-probs differ by "
-                f"{difference:.3g}: soft-capped or scaled logits look like this); such models are not supported"
+                f"model.name: the logits of {name} are not its output head on its last hidden state (log-probs differ "
+                f"by {difference:.3g}: soft-capped or scaled logits look like this); such models are not supported"
             )
 
 

@@ -89,7 +89,7 @@ def _check_shards(folder: Path, index: Path) -> None:
     if missing:
         tensors = sum(shard in missing for shard in weight_map.values())
         raise BadInput(
-            f"model.name: {folder} misses {len(missing)} of {len(shards)} weight shards: {', '.join(missing[:5])}, which "
+            f"model.name: {folder} misses {len(missing)} of {len(shards)} shards: {', '.join(missing[:5])}, which "
             f"hold {tensors} of {len(weight_map)} tensors. Copy the missing files beside {index.name}"
         )
     for shard in shards:
