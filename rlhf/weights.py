@@ -1,12 +1,13 @@
 """Weights that are published once, versioned and fingerprinted, and pulled by engines that verify what they hold.
 
-Three checks, from cheap to sure: the digest of each tensor (it arrived intact), the list of names (nothing missing, nothing
-unexpected), and the probe (the engine computes with them: its log-probabilities of a fixed token sequence equal the
-learner's). Only the probe sees a tied output head that kept its old, repacked values. Tensors travel as bytes in numpy arrays,
-which Ray's object store hands over without a copy.
+Three checks, from cheap to sure: the digest of each tensor (it arrived intact), the list of names (nothing missing,
+nothing unexpected), and the probe (the engine computes with them: its log-probabilities of a fixed token sequence equal
+the learner's). Only the probe sees a tied output head that kept its old, repacked values. Tensors travel as bytes in
+numpy arrays, which Ray's object store hands over without a copy.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,7 +33,10 @@ class PackedTensor:
 
     def unpack(self) -> torch.Tensor:
         """The tensor, on the CPU, sharing the memory of `data`, which may be read-only: never write into it."""
-        return torch.from_numpy(self.data).view(getattr(torch, self.dtype)).reshape(self.shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(self.data)
+        return flat.view(getattr(torch, self.dtype)).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +49,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """Version v of the policy under the names of `state_dict`, a tied tensor once. fingerprint covers names, shapes, bytes."""
+    """Version v of the policy under the names of `state_dict`, a tied tensor once."""
 
     version: int
     fingerprint: str
@@ -74,6 +78,22 @@ def probe_ids(vocabulary: int) -> Ids:
     return np.array(ids, dtype=np.int32)
 
 
+def state_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's `state_dict`, sharing its memory, with a tied tensor once, under the first of its names."""
+    seen: set[int] = set()
+    once: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            once[name] = tensor
+    return once
+
+
+def state_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a published version of this model must have; the model may be on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in state_once(model).items()}
+
+
 def pack(version: int, tensors: Iterable[tuple[str, torch.Tensor]], probe: Probe) -> Weights:
     """Packs a model's tensors for publication; each is copied once."""
     packed = {name: _pack_tensor(tensor) for name, tensor in tensors}
@@ -90,32 +110,62 @@ def verify_arrival(weights: Weights, engine: str) -> None:
     """Raises WeightMismatch, naming the tensor, when a tensor's bytes are not those that were published."""
     for name, tensor in weights.tensors.items():
         if _digest(tensor.data) != tensor.digest:
-            raise WeightMismatch(f"{engine}, version {weights.version}: tensor {name} arrived with other bytes than were published")
+            raise WeightMismatch(
+                f"{engine}, version {weights.version}: tensor {name} arrived with other bytes than were published"
+            )
     if fingerprint_of(weights.tensors) != weights.fingerprint:
         raise WeightMismatch(f"{engine}, version {weights.version}: the list of tensors is not the published one")
 
 
-def verify_names(weights: Weights, expected: Iterable[str], engine: str) -> None:
-    """Raises WeightMismatch when the published names are not exactly those that the engine's model has."""
-    expected, published = set(expected), set(weights.tensors)
-    if expected != published:
+def verify_names(weights: Weights, expected: Mapping[str, tuple[int, ...]], engine: str) -> None:
+    """Raises WeightMismatch when names and shapes published are not exactly those of the engine's model."""
+    names, published = set(expected), set(weights.tensors)
+    if names != published:
         raise WeightMismatch(
-            f"{engine}, version {weights.version}: missing tensors {sorted(expected - published)[:5]}, "
-            f"unexpected tensors {sorted(published - expected)[:5]}"
+            f"{engine}, version {weights.version}: missing tensors {sorted(names - published)[:5]}, "
+            f"unexpected tensors {sorted(published - names)[:5]}"
+        )
+    for name, shape in expected.items():
+        if weights.tensors[name].shape != shape:
+            raise WeightMismatch(
+                f"{engine}, version {weights.version}: tensor {name} has shape {weights.tensors[name].shape}, "
+                f"the engine's model has {shape}"
+            )
+
+
+def verify_order(weights: Weights, held: int | None, fingerprint: str | None, engine: str) -> None:
+    """Raises WeightMismatch when an engine that holds version `held` is given an older one, or another of that number.
+
+    Newer versions may skip numbers, and the same version may come again. An engine that must go back is set up anew.
+    """
+    if held is None:
+        return
+    if weights.version < held:
+        raise WeightMismatch(
+            f"{engine} holds version {held} and was given the older version {weights.version}: versions arrive in "
+            "order, and an engine that must go back to an earlier one is started again"
+        )
+    if weights.version == held and weights.fingerprint != fingerprint:
+        raise WeightMismatch(
+            f"{engine} holds version {held} with fingerprint {fingerprint} and was given another of that number, "
+            f"{weights.fingerprint}: only one learner may publish"
         )
 
 
 def verify_probe(weights: Weights, measured: Floats, tolerance: float, engine: str) -> float:
-    """The largest difference between the engine's probe log-probabilities and the published; raises above the tolerance."""
+    """The largest difference between the engine's probe log-probabilities and the published; raises above tolerance."""
     if measured.shape != weights.probe.logprobs.shape:
-        raise WeightMismatch(f"{engine}: probe gave {measured.shape} log-probs, expected {weights.probe.logprobs.shape}")
+        raise WeightMismatch(
+            f"{engine}: probe gave {measured.shape} log-probs, expected {weights.probe.logprobs.shape}"
+        )
     difference = np.abs(measured - weights.probe.logprobs)
     worst = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
     if not difference[worst] <= tolerance:
         raise WeightMismatch(
-            f"{engine}, version {weights.version}: all tensors arrived intact, but the engine does not compute with them: "
-            f"log-prob of probe token {worst + 1} is {measured[worst]:.5f}, the learner's {weights.probe.logprobs[worst]:.5f} "
-            f"(allowed difference {tolerance:g}). A tied output head that kept old values looks like this (lm_head.weight)"
+            f"{engine}, version {weights.version}: all tensors arrived intact, but the engine does not compute with "
+            f"them: log-prob of probe token {worst + 1} is {measured[worst]:.5f}, the learner's "
+            f"{weights.probe.logprobs[worst]:.5f} (allowed difference {tolerance:g}). A tied output head that kept old "
+            "values looks like this (lm_head.weight)"
         )
     return float(difference[worst])
 

@@ -1,1 +1,1 @@
-"""Sampling from the policy: token ids in, token ids and log-probabilities out."""
+"""Rollout engines: `build.build_generator` makes the one that a run file names. Importing this package loads none."""

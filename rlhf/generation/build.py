@@ -1,0 +1,44 @@
+"""Builds the engine that a run file names. Engines are imported when asked for: vLLM's import takes seconds."""
+
+from pathlib import Path
+
+from rlhf.config import RunConfig
+from rlhf.generation.engine import EngineSpec, longest_sequence
+from rlhf.interfaces import Generator
+from rlhf.models.resolve import resolve
+
+# Largest difference at the probe between engine and learner, in nats, where the run file gives none.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
+    """The plain values that an engine of this run is built from; `name` is how messages call it."""
+    generation = config.generation
+    dtype = generation.dtype or config.learner.dtype
+    wanted = config.data.max_prompt_tokens + generation.max_new_tokens
+    trust_remote_code = config.model.trust_remote_code
+    return EngineSpec(
+        name=name,
+        model=model,
+        dtype=dtype,
+        attention=config.model.attention,
+        trust_remote_code=trust_remote_code,
+        run_seed=config.seed,
+        max_sequence_tokens=longest_sequence(model, wanted, trust_remote_code=trust_remote_code),
+        max_sequences=generation.max_sequences,
+        cache_gib=generation.cache_gib,
+        gpu_memory_fraction=generation.gpu_memory_fraction,
+        probe_tolerance=generation.probe_tolerance or PROBE_TOLERANCE[dtype],
+    )
+
+
+def build_generator(config: RunConfig, name: str) -> Generator:
+    """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version."""
+    spec = engine_spec(config, name, resolve(config.model.name))
+    if config.generation.engine == "vllm":
+        from rlhf.generation.vllm_engine import VllmGenerator
+
+        return VllmGenerator(spec)
+    from rlhf.generation.transformers_engine import TransformersGenerator
+
+    return TransformersGenerator(spec)

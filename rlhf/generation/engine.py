@@ -1,0 +1,206 @@
+"""What every engine is built from, and what every engine builds: plain values in, groups out.
+
+`EngineSpec` is all that an engine needs to know; `VersionedGenerator` holds the rules that no engine may break: it
+samples only with a version that it verified, prompts must fit, seeds are addressed. Engines add how a version is taken
+and how tokens are drawn.
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlhf.config import Dtype
+from rlhf.errors import BadInput, RunFailed
+from rlhf.experience import Floats, Group, Ids, Prompt, Sample, Sampling
+from rlhf.seeding import seed_for
+from rlhf.weights import PROBE_TOKENS, Receipt, Weights, state_shapes, verify_arrival, verify_names, verify_order
+from rlhf.weights import verify_probe as compare_probe
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """One engine in plain values. `model` is a local Hugging Face folder; sequences are in tokens, cache in GiB.
+
+    `probe_tolerance` is the largest log-prob difference at the weight probe, in nats. `max_sequence_tokens` bounds a
+    prompt with its completion.
+    """
+
+    name: str
+    model: Path
+    dtype: Dtype
+    attention: str
+    trust_remote_code: bool
+    run_seed: int
+    max_sequence_tokens: int
+    max_sequences: int
+    cache_gib: float
+    gpu_memory_fraction: float
+    probe_tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One finished completion as an engine hands it over: token_ids (T,), EOS included, and logprobs (T,)."""
+
+    index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    seed: int
+
+
+class VersionedGenerator(ABC):
+    """The part of an engine that is the same for all: versions, checks, seeds, samples.
+
+    A fresh engine, or one whose last update failed, holds no version and refuses to sample. Not thread safe: one call
+    to `generate` at a time, and no `load` before it is exhausted or closed.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._version: int | None = None
+        self._fingerprint: str | None = None
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
+        self._stop_ids: frozenset[int] = frozenset()
+        self._tokenizer: Any = None
+
+    def setup(self) -> None:
+        """Loads tokenizer and model. Raises BadInput for a model folder that cannot be used."""
+        spec = self._spec
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._stop_ids = stop_ids(spec.model, self._tokenizer.eos_token_id)
+        config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=spec.trust_remote_code
+            )
+        skeleton.tie_weights()
+        self._shapes = state_shapes(skeleton)
+        self._start()
+
+    def load(self, weights: Weights) -> Receipt:
+        """Takes a published version and verifies it; raises WeightMismatch when it cannot.
+
+        Order, bytes, names and shapes are checked before the engine is touched, so a version that fails there leaves
+        the former one in use. After a failed probe it holds no version and refuses to sample.
+        """
+        started = time.monotonic()
+        name = self._spec.name
+        verify_order(weights, self._version, self._fingerprint, name)
+        verify_arrival(weights, name)
+        verify_names(weights, self._shapes, name)
+        self._version = self._fingerprint = None
+        self._take(weights)
+        seen = compare_probe(weights, self._probe(weights.probe.token_ids), self._spec.probe_tolerance, name)
+        self._version, self._fingerprint = weights.version, weights.fingerprint
+        return Receipt(name, weights.version, weights.fingerprint, seen, time.monotonic() - started)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
+    ) -> Iterator[Group]:
+        """Yields each group as soon as its samples are finished; closing the iterator drops the rest.
+
+        Behaviour log-probs are those of the distribution sampled from: temperature, top-p and top-k included. Greedy
+        samples (temperature 0) have them at temperature 1 over all tokens. Raises RunFailed without a verified version
+        and BadInput for a prompt that does not fit.
+        """
+        if self._version is None:
+            raise RunFailed(f"{self._spec.name} holds no verified version of the policy: publish one and load it first")
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        return self._generate(prompts, sampling, samples_per_prompt, purpose)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back memory and ends every process that `setup` started. Closing twice is allowed."""
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Builds the engine."""
+
+    @abstractmethod
+    def _take(self, weights: Weights) -> None:
+        """Replaces the engine's tensors and forgets everything derived from the old ones."""
+
+    @abstractmethod
+    def _probe(self, token_ids: Ids) -> Floats:
+        """Log-probabilities of tokens 1..P-1 at temperature 1, (P-1,), as this engine computes them."""
+
+    @abstractmethod
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
+    ) -> Iterator[Group]: ...
+
+    def _seed(self, purpose: str, prompt: Prompt, index: int) -> int:
+        return seed_for(self._spec.run_seed, purpose, prompt.id, index)
+
+    def _group(self, prompt: Prompt, draws: Sequence[Draw], sampling: Sampling) -> Group:
+        """The group of one prompt, its samples ordered by index and stamped with the verified version."""
+        ordered = sorted(draws, key=lambda draw: draw.index)
+        return Group(prompt, tuple(self._sample(draw, sampling) for draw in ordered), "policy")
+
+    def _sample(self, draw: Draw, sampling: Sampling) -> Sample:
+        ids = np.array(draw.token_ids, dtype=np.int32)
+        stopped = len(ids) > 0 and int(ids[-1]) in self._stop_ids
+        # A stop id that the tokenizer does not call special would end up in what judges read.
+        spoken = ids[:-1] if stopped else ids
+        return Sample(
+            index=draw.index,
+            token_ids=ids,
+            loss_mask=np.ones(len(ids), dtype=np.bool_),
+            text=self._tokenizer.decode(spoken.tolist(), skip_special_tokens=True),
+            finish_reason="stop" if stopped else "length",
+            behavior_logprobs=np.array(draw.logprobs, dtype=np.float32),
+            versions=np.full(len(ids), self._version, dtype=np.int32),
+            sampling=sampling,
+            seed=draw.seed,
+            scores={},
+            tokens={},
+        )
+
+    def _check_fits(self, prompt: Prompt, sampling: Sampling) -> None:
+        length, limit = len(prompt.token_ids), self._spec.max_sequence_tokens
+        if length + sampling.max_new_tokens > limit:
+            raise BadInput(
+                f"prompt {prompt.id} (row {prompt.row}) has {length} tokens; with generation.max_new_tokens="
+                f"{sampling.max_new_tokens} that is more than the {limit} that {self._spec.name} was built for. "
+                "Lower data.max_prompt_tokens or generation.max_new_tokens"
+            )
+
+
+def stop_ids(model: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Every id that ends a completion: those of generation_config.json (else of config.json) and the tokenizer's.
+
+    Llama-3 lists two, and a model that stops at only one of them runs on after a finished answer. Raises BadInput when
+    there is none.
+    """
+    source = model / "generation_config.json"
+    if not source.exists():
+        source = model / "config.json"
+    listed = json.loads(source.read_text()).get("eos_token_id")
+    ids = set(listed) if isinstance(listed, list) else {listed}
+    ids = (ids | {tokenizer_eos}) - {None}
+    if not ids:
+        raise BadInput(
+            f"{model}: neither {source.name} nor the tokenizer names an eos_token_id: no completion could end"
+        )
+    return frozenset(int(token) for token in ids)
+
+
+def longest_sequence(model: Path, wanted: int, *, trust_remote_code: bool) -> int:
+    """`wanted` tokens, or as many as the model has positions for. Raises BadInput when the probe does not fit."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    positions = config.to_dict().get("max_position_embeddings")
+    longest = max(wanted, PROBE_TOKENS + 1)
+    if positions is not None:
+        longest = min(longest, positions)
+    if longest <= PROBE_TOKENS:
+        raise BadInput(f"{model}: {longest} positions are too few, the weight probe alone has {PROBE_TOKENS} tokens")
+    return longest

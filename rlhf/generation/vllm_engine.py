@@ -1,0 +1,226 @@
+"""Sampling with vLLM inside this process: token ids in, token ids and log-probabilities out.
+
+Text is never tokenised here and ids are never decoded and encoded again. On a CPU vLLM repacks the linear layers once
+they are loaded, and an update leaves a tied output head with its old packed values; `refresh_output_heads` packs it
+again, and the probe of every load proves that it did.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import psutil
+import torch
+
+from rlhf.errors import RunFailed
+from rlhf.experience import Floats, Group, Ids, Prompt, Sampling
+from rlhf.generation.engine import Draw, VersionedGenerator
+from rlhf.weights import Weights
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
+
+GIB = 2**30
+REAP_TIMEOUT_S = 10.0
+
+# vLLM reads these at its import, so they are set before it. What the user has set stays.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmGenerator(VersionedGenerator):
+    """A rollout engine on vLLM, CPU or GPU, one process. Decoder-only models only: vLLM has no T5.
+
+    All prompts of a call are in flight together; a sample's tokens come from its own seed, whatever runs beside it.
+    """
+
+    _llm: "LLM"
+
+    def _start(self) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._cpu = not torch.cuda.is_available()
+        self._children_before = {child.pid for child in psutil.Process().children(recursive=True)}
+        spec = self._spec
+        # On a CPU vLLM compiles for half a minute a model and cannot load what it cached; eager costs little there.
+        with thread_setting_kept():
+            from vllm import LLM
+
+            self._llm = LLM(
+                str(spec.model),
+                dtype=spec.dtype,
+                trust_remote_code=spec.trust_remote_code,
+                max_model_len=spec.max_sequence_tokens,
+                max_num_seqs=spec.max_sequences,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                distributed_executor_backend="uni",
+                enforce_eager=self._cpu,
+                kv_cache_memory_bytes=int(spec.cache_gib * GIB) if self._cpu else None,
+                gpu_memory_utilization=spec.gpu_memory_fraction,
+                disable_log_stats=True,
+            )
+        self._engine = self._llm.llm_engine
+        self._requests = 0
+
+    def close(self) -> None:
+        self._version = self._fingerprint = None
+        if "_llm" not in self.__dict__:
+            return
+        self._engine.engine_core.shutdown()
+        del self._llm, self._engine
+        own = [c for c in psutil.Process().children(recursive=True) if c.pid not in self._children_before]
+        for child in own:
+            child.terminate()
+        _, alive = psutil.wait_procs(own, timeout=REAP_TIMEOUT_S)
+        for child in alive:
+            child.kill()
+        psutil.wait_procs(alive, timeout=REAP_TIMEOUT_S)
+
+    def _take(self, weights: Weights) -> None:
+        if self._engine.has_unfinished_requests():
+            raise RunFailed(
+                f"{self._spec.name}: weights change while samples are in flight; exhaust or close generate() first"
+            )
+        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        tensors = ((name, tensor.unpack()) for name, tensor in weights.tensors.items())
+        if self._cpu:
+            with reload_warnings_silenced():
+                runner.reload_weights(weights_iterator=tensors)
+            refresh_output_heads(runner.get_model())
+        else:
+            runner.get_model().load_weights(tensors)
+        if not self._engine.reset_prefix_cache():
+            raise RunFailed(
+                f"{self._spec.name}: vLLM would not drop its prefix cache, which holds values of the old weights"
+            )
+
+    def _probe(self, token_ids: Ids) -> Floats:
+        from vllm import SamplingParams
+
+        # Prompt log-probs are computed only for tokens that are not taken from the prefix cache.
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        self._add("probe", token_ids, params)
+        output = next(output for output in self._finished() if output.request_id == "probe")
+        tables = cast("list[dict[int, Logprob]]", output.prompt_logprobs)
+        ids = token_ids.tolist()
+        return np.array([tables[i][ids[i]].logprob for i in range(1, len(ids))], dtype=np.float32)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
+    ) -> Iterator[Group]:
+        if self._engine.has_unfinished_requests():
+            raise RunFailed(
+                f"{self._spec.name}: generate() was called again before the last call was exhausted or closed"
+            )
+        waiting: dict[str, tuple[Prompt, int, int]] = {}
+        finished: dict[int, list[Draw]] = {prompt.id: [] for prompt in prompts}
+        try:
+            for prompt in prompts:
+                for index in range(samples_per_prompt):
+                    seed = self._seed(purpose, prompt, index)
+                    self._requests += 1
+                    request = f"{prompt.id}/{index}/{self._requests}"
+                    waiting[request] = (prompt, index, seed)
+                    self._add(request, prompt.token_ids, self._params(sampling, seed))
+            for output in self._finished():
+                prompt, index, seed = waiting.pop(output.request_id)
+                draws = finished[prompt.id]
+                draws.append(read_draw(output, index, seed))
+                if len(draws) == samples_per_prompt:
+                    yield self._group(prompt, draws, sampling)
+        finally:
+            if waiting:
+                self._engine.abort_request(list(waiting))
+
+    def _params(self, sampling: Sampling, seed: int) -> "SamplingParams":
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            stop_token_ids=sorted(self._stop_ids),
+            detokenize=False,
+        )
+
+    def _add(self, request: str, token_ids: Ids, params: "SamplingParams") -> None:
+        from vllm.inputs.engine import tokens_input
+
+        self._engine.add_request(request, tokens_input(token_ids.tolist()), params)
+
+    def _finished(self) -> Iterator["RequestOutput"]:
+        """Steps the engine until nothing is in flight; yields each request's final output."""
+        while self._engine.has_unfinished_requests():
+            # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
+            with torch.compiler.set_stance("force_eager" if self._cpu else "default"):
+                outputs = self._engine.step()
+            yield from cast("list[RequestOutput]", [output for output in outputs if output.finished])
+
+
+def read_draw(output: "RequestOutput", index: int, seed: int) -> Draw:
+    """The completion of a finished request with the log-probability of each sampled token.
+
+    vLLM's table of a position holds the sampled token and possibly others; it is read by the sampled id, never by
+    place.
+    """
+    completion = output.outputs[0]
+    ids = list(completion.token_ids)
+    tables = cast("list[dict[int, Logprob]]", completion.logprobs)
+    logprobs = [table[token].logprob for token, table in zip(ids, tables, strict=True)]
+    return Draw(index, ids, logprobs, seed)
+
+
+def refresh_output_heads(model: torch.nn.Module) -> None:
+    """Packs the weights of every output head again, from the tensor that it shares with the embedding where it is tied.
+
+    A reload repacks only layers that were themselves loaded. A tied head was not: it would go on multiplying with the
+    values of the former version, and nothing in vLLM says so.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+@contextmanager
+def thread_setting_kept() -> Iterator[None]:
+    """Undoes what vLLM's CPU worker does to the whole process: `torch.set_num_threads` becomes a no-op."""
+    original: Any = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
+
+
+@contextmanager
+def reload_warnings_silenced() -> Iterator[None]:
+    """Hides vLLM's "Failed to load weights" at every reload: rotary tables are computed, a tied head is packed again here.
+
+    What should have arrived is checked by name before the reload, and the probe checks what is in use after it.
+    """
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().endswith(": Failed to load weights")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
