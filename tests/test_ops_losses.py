@@ -53,16 +53,17 @@ def test_splitting_rows_adds_up():
 
 def test_truncated_ratio():
     """G-TIS: differences (0, .5, 2), cap 2; equal log-probabilities weigh exactly 1; a huge difference stays finite."""
-    weights = truncated_ratio(torch.tensor([[0.0, 0.5, 2.0, 800.0]]), torch.zeros(1, 4), 2.0)
+    weights, truncated = truncated_ratio(torch.tensor([[0.0, 0.5, 2.0, 800.0]]), torch.zeros(1, 4), 2.0)
     assert weights[0].tolist() == pytest.approx([1.0, 1.64872, 2.0, 2.0], abs=1e-5)
     assert weights[0, 0].item() == 1.0
+    assert truncated[0].tolist() == [False, False, True, True]
 
 
 def bandit_gradient(cap: float | None) -> list[float]:
     """Expected ascent gradient in the policy's logits over the sampler's actions, corrected with this cap, or not."""
     logits = POLICY.log().requires_grad_()
     logprobs = logits.log_softmax(0).unsqueeze(1)
-    ratio = torch.ones(3, 1) if cap is None else truncated_ratio(logprobs, SAMPLER.log().unsqueeze(1), cap)
+    ratio = torch.ones(3, 1) if cap is None else truncated_ratio(logprobs, SAMPLER.log().unsqueeze(1), cap)[0]
     mask = torch.ones(3, 1, dtype=torch.bool)
     policy_gradient(logprobs, REWARDS.unsqueeze(1), mask, ratio * SAMPLER.unsqueeze(1)).backward()
     return (-logits.grad).tolist()

@@ -12,8 +12,9 @@ RunState = Mapping[str, float]
 class Algorithm(NamedTuple):
     """What the learner needs to know of an algorithm; it never asks for its name.
 
-    needs, the columns that must be filled before `prepare`. initial_state, what `prepare` carries from step to step (a moving
-    baseline); it is checkpointed. prepare(groups, state) -> (batch, next state). loss(outputs, micro-batch) -> sums.
+    needs, the columns that must be filled before `prepare`. initial_state, what `prepare` carries from step to step
+    (a moving baseline); it is checkpointed. prepare(groups, state) -> (batch, next state). loss(outputs, micro-batch)
+    -> sums.
     """
 
     needs: frozenset[str]

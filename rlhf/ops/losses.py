@@ -22,14 +22,15 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights:
     return -(credit * torch.where(mask, logprobs, 0)).sum()
 
 
-def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Truncated importance weight of each token, without gradient: min(exp(l - l_sampled), cap).
 
-    logprobs, sampled_logprobs (B, T) -> (B, T).
-    Truncation trades a bias towards the sampler for a bounded variance (truncated importance sampling, Ionides 2008).
-    Finite for any finite log-probabilities.
+    logprobs, sampled_logprobs (B, T) -> (weight (B, T), truncated (B, T) bool: count it and log it). Truncation
+    trades a bias towards the sampler for a bounded variance (truncated importance sampling, Ionides 2008). Finite for
+    any finite log-probabilities, and exactly 1 where the two are equal and cap >= 1.
     """
-    return (logprobs - sampled_logprobs).detach().clamp(max=math.log(cap)).exp()
+    difference, limit = (logprobs - sampled_logprobs).detach(), math.log(cap)
+    return difference.clamp(max=limit).exp(), difference > limit
 
 
 def k2_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:

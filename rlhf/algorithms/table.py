@@ -1,0 +1,13 @@
+"""Which algorithm a run file names: the one place that knows them all."""
+
+from rlhf.algorithms import Algorithm, reinforce, rloo
+from rlhf.config import AlgorithmConfig, ReinforceConfig, RlooConfig
+
+
+def build(config: AlgorithmConfig) -> Algorithm:
+    """The algorithm that `algorithm.name` of the run file stands for, with its settings."""
+    match config:
+        case RlooConfig():
+            return rloo.build(config)
+        case ReinforceConfig():
+            return reinforce.build(config)
