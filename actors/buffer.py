@@ -1,14 +1,13 @@
 """The buffer actor: the one process that writes the ledger, and the driver's view of it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors import waiting
-from rlhf.buffer import ExperienceBuffer
+from rlhf.buffer.store import ExperienceBuffer
 from rlhf.interfaces import Counts, Handle
 
 BufferActor = ray.remote(ExperienceBuffer)
@@ -67,6 +66,9 @@ class RemoteBuffer:
 
     def open(self) -> None:
         self._ask(self._actor.open.remote(), "opening the ledger")
+
+    def pin(self, name: str, value: str) -> None:
+        self._ask(self._actor.pin.remote(name, value), f"pinning the {name}")
 
     def rewind(self, step: int) -> None:
         self._ask(self._actor.rewind.remote(step), f"rewinding to step {step}")

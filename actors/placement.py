@@ -77,7 +77,9 @@ def wait_for_room(roles: Mapping[str, Role], timeout_s: float, progress: Callabl
         missing = {name: need for name, need in demand.items() if supply.get(name, 0.0) < need}
         if not missing:
             return
-        lines = ", ".join(f"{name}: asked {need:g}, there are {supply.get(name, 0.0):g}" for name, need in missing.items())
+        lines = ", ".join(
+            f"{name}: asked {need:g}, there are {supply.get(name, 0.0):g}" for name, need in missing.items()
+        )
         waited = time.monotonic() - began
         if waited >= timeout_s:
             raise NoCapacity(f"after {waited:.0f} s the cluster still cannot hold the run. {lines}")

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
+from rlhf.learner.learner import PolicyLearner
 
 from actors import waiting
 from rlhf import metrics
@@ -15,7 +16,6 @@ from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
 from rlhf.experience import Columns, Group, TrainBatch, fill_in
 from rlhf.interfaces import Handle, Published
-from rlhf.learner.learner import PolicyLearner
 from rlhf.metrics import Metrics
 from rlhf.weights import Weights
 

@@ -1,9 +1,8 @@
 """A pool of actors of one role that work on tasks: the `Workers` of a team on Ray.
 
-Each actor has a method `work` that yields, for each finished prompt, first (prompt id, seconds) and then the value. The driver
-reads the first and passes the reference of the second on, so that a group is stored as soon as it is finished and never
-travels through the driver.
-"""
+Each actor has a method `work` that yields, for each finished prompt, first (prompt id, seconds) and then the value.
+The driver reads the first and passes the reference of the second on, so that a group is stored as soon as it is
+finished and never travels through the driver."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -75,7 +74,8 @@ class ActorWorkers:
         return sum(errand.worker == worker for errand in self._errands)
 
     def _next(self, errand: _Errand) -> Result:
-        """The next result of a stream that has one; an error ends the task for all its prompts that are still missing."""
+        """The next result of a stream that has one; an error ends the task for all its prompts that are still
+        missing."""
         name = self._names[errand.worker]
         try:
             prompt_id, seconds = ray.get(next(errand.stream), timeout=self._timeout_s)

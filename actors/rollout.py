@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from rlhf.config import RunConfig
-from rlhf.generation import build_generator
+from rlhf.generation.build import build_generator
 from rlhf.interfaces import Request
 from rlhf.weights import Receipt, Weights
 
@@ -15,8 +15,8 @@ from rlhf.weights import Receipt, Weights
 class Rollout:
     """One rollout engine: pulls weights, answers requests, yields each group as soon as it is finished."""
 
-    def __init__(self, config: RunConfig, name: str, threads: int) -> None:
-        self._generator = build_generator(config, name, threads)
+    def __init__(self, config: RunConfig, name: str) -> None:
+        self._generator = build_generator(config, name)
 
     def setup(self) -> None:
         self._generator.setup()

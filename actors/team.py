@@ -6,6 +6,8 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from rlhf.judges.reference import ReferenceJudge
+from rlhf.judges.reward_function import RewardFunctionJudge
 
 from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
@@ -16,8 +18,6 @@ from actors.rollout import RolloutActor
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Role
 from rlhf.experience import REF_LOGPROBS, REWARD
-from rlhf.judges.reference import ReferenceJudge
-from rlhf.judges.reward_function import RewardFunctionJudge
 from rlhf.loop import Team
 from rlhf.sources import JudgeDesk, PolicySource
 from rlhf.team import MAX_ATTEMPTS, Order, assemble, pins
@@ -71,7 +71,9 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     config, cluster, blueprint = order.blueprint.config, order.cluster, order.blueprint
     timeout_s = config.loop.wait_timeout_s
     buffer = RemoteBuffer(
-        crew.hire(BufferActor, cluster.buffer, order.run_dir / FILE_NAME, blueprint.judged, None, MAX_ATTEMPTS, closable=True),
+        crew.hire(
+            BufferActor, cluster.buffer, order.run_dir / FILE_NAME, blueprint.judged, None, MAX_ATTEMPTS, closable=True
+        ),
         timeout_s,
     )
     trainer_threads = cluster.threads_of(cluster.trainer)
@@ -80,20 +82,23 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
         for rank in range(cluster.trainer.replicas)
     ]
     engines = [
-        crew.hire(RolloutActor, cluster.rollout, config, f"rollout-{n}", cluster.threads_of(cluster.rollout), closable=True)
+        crew.hire(RolloutActor, cluster.rollout, config, f"rollout-{n}", closable=True)
         for n in range(cluster.rollout.replicas)
     ]
     judges = _hire_judges(order, crew)
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    learner = RemoteLearner(ranks, timeout_s)
+    learner = RemoteLearner(ranks, timeout_s, annotates=blueprint.learner_annotates)
     hosts = [host for _, _, hosts in judges for host in hosts]
     waiting.get(
-        [*learner.begin_setup(), *(actor.setup.remote() for actor in [*engines, *hosts])], "setting up the team", timeout_s
+        [*learner.begin_setup(), *(actor.setup.remote() for actor in [*engines, *hosts])],
+        "setting up the team",
+        timeout_s,
     )
     desks = [
-        JudgeDesk(name, columns, name == "reward", ActorWorkers(name, hosts, timeout_s)) for name, columns, hosts in judges
+        JudgeDesk(name, columns, name == "reward", ActorWorkers(name, hosts, timeout_s))
+        for name, columns, hosts in judges
     ]
     return assemble(order, learner, buffer, ActorWorkers("rollout", engines, timeout_s), desks)
 
@@ -102,8 +107,7 @@ def _hire_judges(order: Order, crew: _Crew) -> Sequence[tuple[str, frozenset[str
     config, cluster = order.blueprint.config, order.cluster
 
     def hosts(role: Role, build: Any, argument: Any) -> list[ActorHandle]:
-        threads = cluster.threads_of(role)
-        return [crew.hire(JudgeActor, role, build, (argument,), threads, closable=True) for _ in range(role.replicas)]
+        return [crew.hire(JudgeActor, role, build, (argument,), closable=True) for _ in range(role.replicas)]
 
     judges = [("reward", frozenset({REWARD}), hosts(cluster.reward, RewardFunctionJudge, config.reward))]
     if order.blueprint.reference_judge:

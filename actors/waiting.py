@@ -12,14 +12,15 @@ from rlhf.errors import DeadlinePassed, RunFailed
 def get(refs: Sequence[ray.ObjectRef], what: str, timeout_s: float) -> list[Any]:
     """The values of all references, in their order.
 
-    Raises what the actor raised, with the actor's traceback as a note; DeadlinePassed, naming how many are late; RunFailed
-    when an actor died.
-    """
+    Raises what the actor raised, with the actor's traceback as a note; DeadlinePassed, naming how many are late;
+    RunFailed when an actor died."""
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
     except GetTimeoutError as late:
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-        raise DeadlinePassed(f"{what}: {len(refs) - len(done)} of {len(refs)} answers missing after {timeout_s:g} s") from late
+        raise DeadlinePassed(
+            f"{what}: {len(refs) - len(done)} of {len(refs)} answers missing after {timeout_s:g} s"
+        ) from late
     except RayTaskError as error:
         raise cause_of(error) from None
     except RayActorError as error:

@@ -13,15 +13,17 @@ from rlhf.sources import Demand
 class Blueprint:
     """The algorithm, what is sampled, and who fills which column.
 
-    judged, the columns a group must have before it is complete. reference_judge, whether a frozen model fills the reference
-    log-probs; with LoRA the learner fills them instead, with the adapter off.
-    """
+    judged, the columns a group must have before it is complete. reference_judge, whether a frozen model fills the
+    reference log-probs; with LoRA the learner fills them instead, with the adapter off. learner_annotates, whether
+    the learner has any column to fill: with one optimizer step on fresh samples the old log-probs are those of the
+    step itself."""
 
     config: RunConfig
     algorithm: Algorithm
     demand: Demand
     judged: frozenset[str]
     reference_judge: bool
+    learner_annotates: bool
 
 
 def draw(config: RunConfig) -> Blueprint:
@@ -37,7 +39,14 @@ def draw(config: RunConfig) -> Blueprint:
         wait_timeout_s=loop.wait_timeout_s,
     )
     judged = algorithm.needs - learner_fills
-    return Blueprint(config, algorithm, demand, frozenset(judged), REF_LOGPROBS in judged)
+    learner_annotates = needs_old_logprobs(config) or bool(learner_fills & algorithm.needs)
+    return Blueprint(config, algorithm, demand, frozenset(judged), REF_LOGPROBS in judged, learner_annotates)
+
+
+def needs_old_logprobs(config: RunConfig) -> bool:
+    """Whether samples are trained under weights other than those that sampled them: stale, or in several optimizer
+    steps."""
+    return config.loop.max_staleness > 0 or config.learner.epochs * config.learner.minibatches > 1
 
 
 def evaluation_sampling(config: RunConfig) -> Sampling:

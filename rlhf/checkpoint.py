@@ -1,8 +1,8 @@
 """Checkpoints: written beside, synced, renamed; the manifest with the checksum of every part goes last.
 
-A directory without a valid manifest is not a checkpoint. `step-000010` was written after ten updates: a run that loads it goes
-on with step 10. What is inside belongs to the learner; this module only makes it whole or absent. Imports neither torch nor ray.
-"""
+A directory without a valid manifest is not a checkpoint. `step-000010` was written after ten updates: a run that
+loads it goes on with step 10. What is inside belongs to the learner; this module only makes it whole or absent.
+Imports neither torch nor ray."""
 
 import hashlib
 import json

@@ -1,10 +1,9 @@
 """The one noun: a `Group` is a prompt, its samples, and the columns that judges fill in.
 
-A rollout of n samples is a group of n, an offline preference pair is a group of two with ranks, a demonstration is a group of
-one. Every per-token column has the length of the sample's token ids. The loss mask travels with the sample and is set by
-whoever sampled it; it is never inferred from pad ids. Arrays are numpy, so that the records need neither torch nor ray.
-Invariants are checked at construction: a record that exists is well formed.
-"""
+A rollout of n samples is a group of n, an offline preference pair is a group of two with ranks, a demonstration is a
+group of one. Every per-token column has the length of the sample's token ids. The loss mask travels with the sample
+and is set by whoever sampled it; it is never inferred from pad ids. Arrays are numpy, so that the records need
+neither torch nor ray. Invariants are checked at construction: a record that exists is well formed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,12 @@ FinishReason = Literal["stop", "length", "given"]
 Origin = Literal["policy", "dataset"]
 
 # Names of columns. One word for one thing: see docs/architecture.md.
-REWARD = "reward"                    # score of a sample: a number, or None for "cannot score"
-RANK = "rank"                        # score of a sample: 0 is preferred to 1
-REF_LOGPROBS = "ref_logprobs"        # token column: log-probabilities under the frozen reference
-OLD_LOGPROBS = "old_logprobs"        # token column: under the learner's weights at the start of the step
+REWARD = "reward"  # score of a sample: a number, or None for "cannot score"
+RANK = "rank"  # score of a sample: 0 is preferred to 1
+REF_LOGPROBS = "ref_logprobs"  # token column: log-probabilities under the frozen reference
+OLD_LOGPROBS = "old_logprobs"  # token column: under the learner's weights at the start of the step
 BEHAVIOR_LOGPROBS = "behavior_logprobs"  # token column: under the weights and the sampler that produced the sample
-ADVANTAGES = "advantages"            # token column of a train batch
+ADVANTAGES = "advantages"  # token column of a train batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Sampling:
 
     temperature: float
     top_p: float
-    top_k: int                       # 0: all tokens
+    top_k: int  # 0: all tokens
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -49,10 +48,9 @@ class Sampling:
 class Prompt:
     """One issue of one row of the data.
 
-    `id` is unique within a run and counts up over epochs; `row` is the row of the data set. `content` is what the user's row
-    held (a string or a list of role/content messages), `text` what it became after the chat template, `token_ids` (P,) what
-    the policy sees. `columns` are the row's other columns, untouched.
-    """
+    `id` is unique within a run and counts up over epochs; `row` is the row of the data set. `content` is what the
+    user's row held (a string or a list of role/content messages), `text` what it became after the chat template,
+    `token_ids` (P,) what the policy sees. `columns` are the row's other columns, untouched."""
 
     id: int
     row: int
@@ -72,11 +70,10 @@ class Prompt:
 class Sample:
     """One completion, with what its sampler knows about it.
 
-    token_ids (T,), the EOS included when it was emitted; loss_mask (T,), true where the policy is trained; behavior_logprobs
-    (T,) float32 and versions (T,) int32, the policy version that sampled each token: both None for data that no policy of
-    this run sampled, which therefore never ages. `text` is what judges read. `scores` hold one number (or None: "cannot
-    score") a judge, `tokens` one (T,) array a judge.
-    """
+    token_ids (T,), the EOS included when it was emitted; loss_mask (T,), true where the policy is trained;
+    behavior_logprobs (T,) float32 and versions (T,) int32, the policy version that sampled each token: both None for
+    data that no policy of this run sampled, which therefore never ages. `text` is what judges read. `scores` hold one
+    number (or None: "cannot score") a judge, `tokens` one (T,) array a judge."""
 
     index: int
     token_ids: Ids
@@ -201,7 +198,9 @@ class Row:
         if len(self.prompt_ids) == 0:
             raise ValueError(f"unit {self.unit}: a row needs a prompt, or its first token has no prediction")
         if self.loss_mask.shape != (length,):
-            raise ValueError(f"unit {self.unit}: loss_mask has shape {self.loss_mask.shape}, completion {length} tokens")
+            raise ValueError(
+                f"unit {self.unit}: loss_mask has shape {self.loss_mask.shape}, completion {length} tokens"
+            )
         for name, column in self.tokens.items():
             if column.shape != (length,):
                 raise ValueError(f"unit {self.unit}: {name} has shape {column.shape}, completion {length} tokens")
@@ -214,10 +213,9 @@ Normalizer = Literal["units", "rows", "tokens"]
 class TrainBatch:
     """What one step trains on, with credit already assigned.
 
-    `normalizer` says what the learner divides the summed loss by, once, over a whole minibatch on all ranks: the number of
-    units, of rows, or of tokens with a true loss mask. Rows are ordered by unit; all rows have the same token columns.
-    `metrics` are what `prepare` measured.
-    """
+    `normalizer` says what the learner divides the summed loss by, once, over a whole minibatch on all ranks: the
+    number of units, of rows, or of tokens with a true loss mask. Rows are ordered by unit; all rows have the same
+    token columns. `metrics` are what `prepare` measured."""
 
     rows: tuple[Row, ...]
     normalizer: Normalizer

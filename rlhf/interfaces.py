@@ -1,9 +1,8 @@
 """The roles that the loop and the source put together, and what each of them promises.
 
-A `Handle` is whatever the team passes around: the value itself in one process, an object reference on Ray. The loop and the
-source never look inside. Plain classes (Generator, Judge) do the work; Workers run one or many of them, here or elsewhere.
-Imports neither torch nor ray.
-"""
+A `Handle` is whatever the team passes around: the value itself in one process, an object reference on Ray. The loop
+and the source never look inside. Plain classes (Generator, Judge) do the work; Workers run one or many of them, here
+or elsewhere. Imports neither torch nor ray."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,14 +133,16 @@ class Learner(Protocol):
     def publish(self) -> Published: ...
 
     def save(self, folder: Path) -> None:
-        """Writes `policy/` (loads with from_pretrained) and `trainer/` (everything else) into an existing empty folder."""
+        """Writes `policy/` (loads with from_pretrained) and `trainer/` (everything else) into an existing empty
+        folder."""
 
     def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Where the prompts are. issued = pending + leased + complete + trained + dropped when nothing is lost or duplicated.
+    """Where the prompts are. issued = pending + leased + complete + trained + dropped when nothing is lost or
+    duplicated.
 
     `generated` are the leased prompts whose samples are stored and wait for judges.
     """
@@ -204,7 +205,8 @@ class Source(Protocol):
     """Where a step's groups come from."""
 
     def take(self, step: int) -> Handle:
-        """Durable, scored, whole groups, in the order of their ids; waits with a deadline and keeps the pool busy ahead."""
+        """Durable, scored, whole groups, in the order of their ids; waits with a deadline and keeps the pool busy
+        ahead."""
 
     def sync(self, published: Published) -> Metrics:
         """Engines pull and verify a version; a no-op for data sets."""

@@ -1,9 +1,8 @@
 """The loop: every run of every algorithm, on one machine or many, goes through `train`.
 
 It knows no Ray and opens no tensor: groups, batches and weights are handles that it passes from one part to the next.
-Synchronous training is asynchronous training with `max_staleness` 0. An algorithm enters through `learner.prepare` (its credit
-assignment) and `learner.update` (its loss); both are in `rlhf/algorithms/<name>.py`.
-"""
+Synchronous training is asynchronous training with `max_staleness` 0. An algorithm enters through `learner.prepare`
+(its credit assignment) and `learner.update` (its loss); both are in `rlhf/algorithms/<name>.py`."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """Where a step's groups come from: prompts are leased, answered by rollout workers, judged, and stored on the way.
 
-`PolicySource` is the only scheduler. It admits as much work as `max_staleness` allows, stores every group before anything
-depends on it, sends it to each judge whose columns it lacks, and waits with a deadline. It never looks into a group: it passes
-handles. On a restart it goes on with what the buffer holds: stored groups are judged, never generated again.
-"""
+`PolicySource` is the only scheduler. It admits as much work as `max_staleness` allows, stores every group before
+anything depends on it, sends it to each judge whose columns it lacks, and waits with a deadline. It never looks into
+a group: it passes handles. On a restart it goes on with what the buffer holds: stored groups are judged, never
+generated again."""
 
 import itertools
 import time
@@ -75,15 +75,15 @@ def admissible(demand: Demand, version: int, accepted: int, in_flight: int) -> i
 
         min(max_staleness + v + 1, num_steps) * B - (accepted + in flight)                      arXiv 2505.24298, Eq 3
 
-    accepted counts the groups of steps that were taken; a dropped group is in neither number, so filtering cannot starve
-    admission. Bounds the work in flight, not the age of a sample: `Buffer.ready` sweeps by age.
-    """
+    accepted counts the groups of steps that were taken; a dropped group is in neither number, so filtering cannot
+    starve admission. Bounds the work in flight, not the age of a sample: `Buffer.ready` sweeps by age."""
     steps_ahead = min(demand.max_staleness + version + 1, demand.num_steps)
     return max(0, steps_ahead * demand.groups_per_step - accepted - in_flight)
 
 
 class PolicySource:
-    """Samples groups from the policy, has them judged, and hands out whole steps. Knows neither Ray nor the algorithm."""
+    """Samples groups from the policy, has them judged, and hands out whole steps. Knows neither Ray nor the
+    algorithm."""
 
     def __init__(
         self,

@@ -11,8 +11,7 @@ from rlhf.interfaces import Buffer, Learner, Workers
 from rlhf.loop import Team
 from rlhf.sources import JudgeDesk, PolicySource, PromptSupply
 
-
-MAX_ATTEMPTS = 3                     # a prompt whose work came to nothing so often is dropped, with the reason
+MAX_ATTEMPTS = 3  # a prompt whose work came to nothing so often is dropped, with the reason
 
 
 class Prompts(PromptSupply, Protocol):

@@ -25,7 +25,9 @@ def test_newest_valid_checkpoint_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["policy/model.safetensors", "trainer.bin", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
-def test_a_harmed_checkpoint_is_refused_by_file_name_and_the_older_one_used(tmp_path: Path, name: str, harm: str) -> None:
+def test_a_harmed_checkpoint_is_refused_by_file_name_and_the_older_one_used(
+    tmp_path: Path, name: str, harm: str
+) -> None:
     checkpoint.write(tmp_path, 5, {}, _save)
     newer = checkpoint.write(tmp_path, 10, {}, _save).folder / name
     content = bytearray(newer.read_bytes())
