@@ -187,18 +187,17 @@ def test_whatever_the_library_imports_is_declared() -> None:
     """Each third-party package imported by rlhf or actors is a dependency in pyproject.toml or one of its extras."""
     extras = [need for extra in PROJECT["optional-dependencies"].values() for need in extra]
     declared = {canonical(Requirement(need).name) for need in [*PROJECT["dependencies"], *extras]}
-    provided_by = importlib.metadata.packages_distributions()
-    for package, file in imported_packages("rlhf", "actors").items():
-        if package in ("rlhf", "actors"):
-            continue
-        owners = {canonical(owner) for owner in provided_by.get(package, [])}
-        assert owners & declared, f"{file} imports {package}, which is in no dependency of pyproject.toml"
+    assert foreign(imported_packages("rlhf", "actors"), declared | {"ray-rlhf"}) == {}
 
 
 def test_whatever_tests_and_examples_import_is_locked() -> None:
     """Each third-party package imported by tests or examples is in this machine's lock."""
-    pins = read_lock(lock_of_this_machine()).keys() | {"ray-rlhf"}
-    provided_by = importlib.metadata.packages_distributions()
-    for package, file in imported_packages("tests", "examples", "requirements").items():
-        owners = {canonical(owner) for owner in provided_by.get(package, [])}
-        assert owners & pins, f"{file} imports {package}, which is in no lock"
+    locked = read_lock(lock_of_this_machine()).keys() | {"ray-rlhf"}
+    assert foreign(imported_packages("tests", "examples", "requirements"), locked) == {}
+
+
+def foreign(imported: dict[str, str], allowed: set[str]) -> dict[str, str]:
+    """The imported packages that no allowed distribution provides, and the file that imports each."""
+    owners = importlib.metadata.packages_distributions()
+    provided = {package for package, names in owners.items() if {canonical(name) for name in names} & allowed}
+    return {package: file for package, file in imported.items() if package not in provided}
