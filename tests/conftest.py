@@ -44,3 +44,53 @@ def make_group() -> Callable[..., Group]:
         return Group(prompt, tuple(samples), "policy")
 
     return build
+
+
+@pytest.fixture
+def rollout() -> Callable[..., Group]:
+    """Builds a group as an engine would, without columns; all in it depends on (prompt id, version) only."""
+
+    def build(prompt_id: int, version: int, samples: int, length: int, columns: Mapping[str, Any]) -> Group:
+        """Samples differ in length by one token each; columns are those of the prompt's row."""
+        random = np.random.default_rng((prompt_id, version))
+        prompt_ids = np.array([1, 2, 3 + prompt_id], np.int32)
+        prompt = Prompt(prompt_id, prompt_id % 7, prompt_id // 7, "hi", "<hi>", prompt_ids, columns)
+        made = tuple(
+            Sample(
+                index=index,
+                token_ids=random.integers(0, 1000, length + index).astype(np.int32),
+                loss_mask=random.random(length + index) < 0.9,
+                text=f"answer {index} at {version}",
+                finish_reason="stop",
+                behavior_logprobs=-random.random(length + index, dtype=np.float32),
+                versions=np.full(length + index, version, np.int32),
+                sampling=Sampling(0.7, 1.0, 0, 64),
+                seed=int(random.integers(2**62)),
+                scores={},
+                tokens={},
+            )
+            for index in range(samples)
+        )
+        return Group(prompt, made, "policy")
+
+    return build
+
+
+@pytest.fixture
+def plain() -> Callable[[Group], dict[str, Any]]:
+    """Everything in a group, in a form that == compares, dtypes and bits included."""
+
+    def array(a: np.ndarray | None) -> tuple[Any, ...] | None:
+        return None if a is None else (str(a.dtype), a.shape, a.tobytes())
+
+    def sample(s: Sample) -> tuple[Any, ...]:
+        arrays = [array(a) for a in (s.token_ids, s.loss_mask, s.behavior_logprobs, s.versions)]
+        tokens = {name: array(a) for name, a in s.tokens.items()}
+        return (s.index, s.text, s.finish_reason, s.sampling, s.seed, dict(s.scores), arrays, tokens)
+
+    def build(group: Group) -> dict[str, Any]:
+        p = group.prompt
+        prompt = (p.id, p.row, p.epoch, p.content, p.text, array(p.token_ids), dict(p.columns))
+        return {"prompt": prompt, "origin": group.origin, "samples": [sample(s) for s in group.samples]}
+
+    return build

@@ -14,9 +14,9 @@ def order(seed: int, rows: int, prompt_id: int, *, shuffle: bool) -> tuple[int, 
 
         epoch = id // rows,  row = permutation(seed, epoch)[id % rows]        without shuffling: row = id % rows
 
-    The permutation sorts the rows by 64-bit words of PCG64 seeded by `seed_for(seed, "row order", epoch)`. numpy promises
-    that these words stay the same in all its versions, which it does not for `Generator.permutation`; a resumed run may
-    meet a newer numpy. Raises BadInput for an empty data set, ValueError for a negative id.
+    The permutation sorts the rows by 64-bit words of PCG64 seeded by `seed_for(seed, "row order", epoch)`. numpy
+    promises that these words stay the same in all its versions, which it does not for `Generator.permutation`; a
+    resumed run may meet a newer numpy. Raises BadInput for an empty data set, ValueError for a negative id.
     """
     if rows < 1:
         raise BadInput(f"the data has {rows} rows, expected at least 1: check data.path, data.limit and data.heldout")
