@@ -168,7 +168,7 @@ class GenerationConfig(Section):
     )
     mismatch_alarm: PositiveFloat | None = Field(
         default=None,
-        description="mean |log-prob difference| to the learner that is reported; null: 1e-3 float32, 0.1 bfloat16",
+        description="mean |log-prob difference| to the learner that is reported; null: 1e-4 float32, 0.1 bfloat16",
     )
     mismatch_stop: PositiveFloat | None = Field(
         default=None, description="mean |log-prob difference| to the learner that stops the run; null: never"
@@ -187,6 +187,12 @@ class GenerationConfig(Section):
                 "learner does not. Use 0 (all tokens) in training and shape the samples with temperature"
             )
         return self
+
+    def mismatch_alarm_level(self, learner_dtype: Dtype) -> float:
+        """`mismatch_alarm` with its null filled in by the engine's precision, in nats a token."""
+        if self.mismatch_alarm is not None:
+            return self.mismatch_alarm
+        return 1e-3 if (self.dtype or learner_dtype) == "float32" else 0.1
 
 
 class LearnerConfig(Section):

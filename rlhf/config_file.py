@@ -25,7 +25,7 @@ def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
     """The run file with the overrides applied, checked, its relative paths made absolute.
 
     A relative `data.path`, `model.name` or file of `reward.function` is looked for below the current directory, then
-    below the run file's folder; what is in neither stays as it is (a hub name, an import path, or a fault for its reader).
+    below the run file's folder; what is in neither stays as it is (a hub name, an import path, or its reader's error).
     """
     config = _load(path, overrides, RunConfig)
     folders = (Path.cwd(), path.resolve().parent)

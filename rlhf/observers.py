@@ -11,10 +11,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from rlhf.config import RunConfig
 from rlhf.evaluation.heldout import HeldoutReport
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Outcome = Literal["done", "interrupted", "failed"]
 
@@ -39,7 +42,7 @@ class Observer(Protocol):
         """Held-out prompts were answered by the policy after `step` updates (0: before the first)."""
 
     def finished(self, outcome: Outcome, message: str) -> None:
-        """The run is over; called once, also when it failed or was interrupted."""
+        """The run is over; called once, also when it failed, was interrupted, or never started."""
 
 
 class Several:
@@ -134,6 +137,7 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / TENSORBOARD_FOLDER
+        self._writer: SummaryWriter | None = None
 
     def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -141,22 +145,30 @@ class TensorBoard:
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step or None)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        writer = self._open()
+        for name in sorted(metrics.keys() - {"step"}):
+            writer.add_scalar(name, metrics[name], step)
+        writer.flush()
 
     def note(self, message: str) -> None:
         pass
 
     def evaluated(self, step: int, report: HeldoutReport) -> None:
-        self._writer.add_scalar("heldout/reward_mean", report.reward_mean, step)
+        writer = self._open()
+        writer.add_scalar("heldout/reward_mean", report.reward_mean, step)
         for number, sample in enumerate(report.samples):
             indented = "\n".join("    " + line for line in f"{sample.prompt}\n---\n{sample.completion}".splitlines())
-            self._writer.add_text(f"heldout/answer_{number}", indented, step)
-        self._writer.flush()
+            writer.add_text(f"heldout/answer_{number}", indented, step)
+        writer.flush()
 
     def finished(self, outcome: Outcome, message: str) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> "SummaryWriter":
+        if self._writer is None:
+            raise RuntimeError("TensorBoard was told of a step before `started`")
+        return self._writer
 
 
 def default_observer(run_dir: Path, console: Observer) -> Observer:

@@ -1,0 +1,87 @@
+"""`rlhf chat`: a conversation with a model, or with the policy of a run, on a terminal or through a pipe."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.cli.exit_codes import DONE
+from rlhf.cli.export import newest_policy
+from rlhf.cli.run_directory import CONFIG_FILE
+from rlhf.models.resolve import check_model, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HINT = "empty line or Ctrl-D: end; /new: forget the conversation"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN_DIR_OR_MODEL", help="run directory, model folder, `smollm2`, or hub name")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling with --temperature above 0")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.model)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
+    torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    conversation = list(opening)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(HINT)
+    while line := _next_line(terminal):
+        if line == "/new":
+            conversation = list(opening)
+            continue
+        conversation.append({"role": "user", "content": line})
+        answer = reply(model, tokenizer, conversation, arguments.max_new_tokens, arguments.temperature)
+        conversation.append({"role": "assistant", "content": answer})
+        print(answer, flush=True)
+    return DONE
+
+
+def reply(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    conversation: list[dict[str, str]],
+    max_new_tokens: int,
+    temperature: float,
+) -> str:
+    """The model's next turn. Without a chat template the turns are put one after the other as plain lines."""
+    import torch
+
+    if tokenizer.chat_template is None:
+        text = "\n".join(turn["content"] for turn in conversation) + "\n"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    else:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, top_p=None, top_k=None, **sampling
+        )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _folder(name: str) -> Path:
+    if (Path(name) / CONFIG_FILE).is_file():
+        return newest_policy(Path(name))
+    check_model(name)
+    return resolve(name)
+
+
+def _next_line(terminal: bool) -> str:
+    """The next line; an empty string when there is no more."""
+    if terminal:
+        print("> ", end="", flush=True)
+    return sys.stdin.readline().strip()

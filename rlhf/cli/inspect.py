@@ -1,0 +1,102 @@
+"""`rlhf inspect`: where a run stands, read-only, also while it is running."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf import checkpoint
+from rlhf.buffer.audit import ExperienceView, Overview
+from rlhf.buffer.schema import FILE_NAME
+from rlhf.cli.exit_codes import DONE
+from rlhf.cli.run_directory import read_config
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, duration, read_jsonl, summary
+
+RECENT_STEPS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    state = standing(arguments.run_dir)
+    print(json.dumps(state) if arguments.json else _in_words(state))
+    return DONE
+
+
+def standing(run_dir: Path) -> dict[str, Any]:
+    """Everything that `inspect` tells, as plain values. Raises BadInput when the folder holds no run."""
+    config = read_config(run_dir)
+    overview = _overview(run_dir)
+    metrics = read_jsonl(run_dir / METRICS_FILE)
+    newest, rejected = checkpoint.newest(run_dir)
+    recent = [row["time/step_s"] for row in metrics[-RECENT_STEPS:] if "time/step_s" in row]
+    return {
+        "run_dir": str(run_dir),
+        "algorithm": config.algorithm.name,
+        "model": config.model.name,
+        "num_steps": config.loop.num_steps,
+        "steps_trained": overview["steps_trained"] if overview else 0,
+        "experience": overview,
+        "checkpoint": str(newest.folder) if newest else None,
+        "checkpoints_refused": [f"{entry.folder}: {entry.reason}" for entry in rejected],
+        "seconds_a_step": sum(recent) / len(recent) if recent else None,
+        "idle_s": _idle(run_dir),
+        "last_metrics": metrics[-1] if metrics else None,
+        "evaluations": [
+            {key: row[key] for key in ("step", "reward_mean", "reward_std", "n")}
+            for row in read_jsonl(run_dir / EVALUATIONS_FILE)
+        ],
+    }
+
+
+def _overview(run_dir: Path) -> dict[str, Any] | None:
+    """None before the run has made its buffer."""
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return None
+    overview: Overview = ExperienceView(path).overview()
+    return asdict(overview)
+
+
+def _idle(run_dir: Path) -> float | None:
+    """Seconds since the last step was written, None before the first."""
+    path = run_dir / METRICS_FILE
+    return time.time() - path.stat().st_mtime if path.exists() else None
+
+
+def _in_words(state: dict[str, Any]) -> str:
+    lines = [
+        f"{state['algorithm']} on {state['model']}: {state['steps_trained']} of {state['num_steps']} steps trained"
+    ]
+    if state["seconds_a_step"] is not None:
+        left = state["seconds_a_step"] * (state["num_steps"] - state["steps_trained"])
+        lines.append(f"{state['seconds_a_step']:.1f} s a step lately, {duration(left)} left at this pace")
+    if state["idle_s"] is not None:
+        lines.append(f"last step written {duration(state['idle_s'])} ago")
+    if state["last_metrics"]:
+        lines.append(f"last step: {summary(state['last_metrics'])}")
+    lines += _experience_in_words(state["experience"])
+    lines.append(f"newest checkpoint: {state['checkpoint'] or 'none yet'}")
+    lines += [f"not used: {refused}" for refused in state["checkpoints_refused"]]
+    for row in state["evaluations"]:
+        mean, deviation = row["reward_mean"], row["reward_std"]
+        lines.append(f"held-out after {row['step']} steps: reward {mean:.4g} ± {deviation:.2g} over {row['n']} answers")
+    return "\n".join(lines)
+
+
+def _experience_in_words(overview: dict[str, Any] | None) -> list[str]:
+    if overview is None:
+        return ["no experience yet"]
+    lines = ["prompts: " + "  ".join(f"{name} {count}" for name, count in overview["counts"].items())]
+    if overview["last_version"] is not None:
+        lines.append(f"policy version {overview['last_version']} (fingerprint {overview['last_fingerprint']})")
+    lines += [f"step {step} is taken and not yet trained" for step in overview["steps_taken"]]
+    lines += [f"{owner} holds {count} prompts" for owner, count in overview["owners"].items()]
+    lines += [f"{count} prompts dropped: {reason}" for reason, count in overview["drop_reasons"].items()]
+    lines += [f"{count} groups discarded: {reason}" for reason, count in overview["discard_reasons"].items()]
+    return lines

@@ -1,0 +1,81 @@
+"""The `rlhf` command: one file a subcommand, imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Protocol
+
+from rlhf import __version__
+from rlhf.cli.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_CAPACITY
+from rlhf.errors import BadInput, NoCapacity, RunFailed
+
+COMMANDS = {
+    "run": "start a run, or go on with it when its directory holds one",
+    "inspect": "where a run stands: step, versions, ledger, throughput",
+    "verify": "check every checksum and ledger invariant of a run",
+    "replay": "train a step again from the buffer and compare it with the record",
+    "export": "write the policy as a model folder, or the experience as a data set",
+    "chat": "talk to a model or to the policy of a run",
+    "doctor": "check the installation and this machine",
+}
+
+
+class Command(Protocol):
+    """A subcommand's module."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Does it; returns the exit code, or raises one of rlhf.errors."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the subcommand; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, command = _parser(words)
+    arguments = parser.parse_args(words)
+    if command is None:
+        parser.print_help()
+        return DONE
+    try:
+        return command.run(arguments)
+    except BadInput as error:
+        return _say(str(error), BAD_INPUT)
+    except NoCapacity as error:
+        return _say(str(error), NO_CAPACITY)
+    except RunFailed as error:
+        return _say(str(error), FAILED)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except Exception:  # noqa: BLE001  the outermost frame: an unforeseen error is shown whole, with the exit code of a failure
+        traceback.print_exc()
+        return FAILED
+
+
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Command | None]:
+    """The parser, with the arguments of the one command that is called, and that command's module."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf", description="Online and offline alignment of language models on Ray.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ray-rlhf {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    called = next((word for word in words if not word.startswith("-")), None)
+    command: Command | None = None
+    for name, meaning in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+        if name == called:
+            command = importlib.import_module(f"rlhf.cli.{name}")  # type: ignore[assignment]
+            assert command is not None
+            command.add_arguments(subparser)
+    return parser, command
+
+
+def _say(message: str, code: int) -> int:
+    print(f"rlhf: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

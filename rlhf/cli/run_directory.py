@@ -1,0 +1,80 @@
+"""The run directory before a run: new, to be gone on with, or to be moved aside. Nothing is ever deleted here."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from rlhf.cluster import Cluster
+from rlhf.config import RunConfig
+from rlhf.config_file import differing_keys, dump, load_run
+from rlhf.errors import BadInput
+from rlhf.observers import replace_durably
+
+CONFIG_FILE = "config.yaml"
+CLUSTER_FILE = "cluster.yaml"
+
+# Keys that may change when a run is gone on with: none of them changes a step that is already history.
+MAY_CHANGE = (
+    "loop.num_steps",
+    "loop.checkpoint_every",
+    "loop.keep_checkpoints",
+    "loop.eval_every",
+    "loop.wait_timeout_s",
+    "reward.timeout_s",
+    "evaluation.",
+)
+
+
+def settle(run_dir: Path, config: RunConfig, cluster: Cluster, *, fresh: bool) -> None:
+    """Leaves a directory that holds this config and this cluster, and the run so far if it is the same run.
+
+    With `fresh` an old directory is moved to <name>.old-<number>. Raises BadInput when the directory holds another run,
+    or something that is not a run."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
+    if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
+        run_dir.rename(_free_name(run_dir))
+    if (run_dir / CONFIG_FILE).is_file():
+        _check_same_run(run_dir, config)
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        there = ", ".join(sorted(path.name for path in run_dir.iterdir())[:5])
+        raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_durably(run_dir / CONFIG_FILE, dump(config))
+    replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The resolved run file of a run directory. Raises BadInput when it is not one."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise BadInput(f"{run_dir}: not a run directory: it has no {CONFIG_FILE}")
+    return load_run(run_dir / CONFIG_FILE, [])
+
+
+def _check_same_run(run_dir: Path, config: RunConfig) -> None:
+    old = read_config(run_dir)
+    fixed = [key for key in differing_keys(old, config) if not key.startswith(MAY_CHANGE)]
+    if old.loop.num_steps != config.loop.num_steps and config.learner.schedule != "constant":
+        fixed.append("loop.num_steps")  # the learning rate of every step depends on the last one
+    if fixed:
+        changes = "; ".join(f"{key} was {_value(old, key)}, now {_value(config, key)}" for key in fixed)
+        raise BadInput(
+            f"--run-dir {run_dir}: holds another run: {changes}. Next: another --run-dir, --fresh to move the old one aside, "
+            f"or the old values"
+        )
+
+
+def _value(config: BaseModel, key: str) -> object:
+    place: object = config.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(place, dict) or part not in place:
+            return "not set"
+        place = place[part]
+    return place
+
+
+def _free_name(run_dir: Path) -> Path:
+    number = 1
+    while (candidate := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    return candidate

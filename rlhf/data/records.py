@@ -1,0 +1,190 @@
+"""Reads the rows of a data set, from wherever it lies, and remembers where each row came from.
+
+JSONL is read here, line by line, so that a broken line is named and values reach the reward function untouched (Arrow
+would fill keys that a row lacks and unify types). Parquet, Arrow, CSV, saved data sets and hub names go through
+`datasets`. Every fault of the data is a BadInput."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import DataConfig
+from rlhf.errors import BadInput
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+READERS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+}
+SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row: its columns, and the file with the line (JSONL) or row (elsewhere, counted from 1) that held it."""
+
+    columns: Mapping[str, Any]
+    source: str
+    number: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.number}" if self.source.endswith((".jsonl", ".ndjson")) else self._row
+
+    @property
+    def _row(self) -> str:
+        return f"{self.source}, row {self.number}"
+
+
+def load_rows(config: DataConfig) -> list[Record]:
+    """The rows of `data.path`, at most `data.limit` of them, in their order. Raises BadInput, also for none."""
+    path = Path(config.path)
+    if path.is_file():
+        rows = _file(path)
+    elif path.is_dir():
+        rows = _folder(path, config.split)
+    else:
+        rows = _hub(config)
+    kept: list[Record] = []
+    for record in rows:
+        if len(kept) == config.limit:
+            break
+        kept.append(record)
+    if not kept:
+        raise BadInput(f"data.path={config.path}: the data set is empty; expected at least one row")
+    return kept
+
+
+def _file(path: Path) -> Iterator[Record]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"data.path={path}: unknown kind of file '{path.suffix}'; expected one of {', '.join(READERS)}")
+    if reader == "jsonl":
+        return _jsonl(path)
+    if reader == "json":
+        return _json(path)
+    return _from_dataset(_arrow_backed(path, reader), str(path))
+
+
+def _folder(folder: Path, split: str) -> Iterator[Record]:
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _from_dataset(_saved(folder, split), str(folder))
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
+    if not files:
+        raise BadInput(
+            f"data.path={folder}: no data files in the folder; expected {', '.join(READERS)}, or a saved data set"
+        )
+    splits = {path: _split_of(path) for path in files}
+    if any(splits.values()):
+        wanted = [path for path in files if splits[path] == split]
+        if not wanted:
+            there = sorted({name for name in splits.values() if name})
+            raise BadInput(
+                f"data.path={folder}: no file of split '{split}' (data.split); splits there: {', '.join(there)}"
+            )
+        files = wanted
+    return (record for path in files for record in _file(path))
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name starts with, as in train-00000-of-00002.parquet."""
+    name = path.name.lower()
+    return next((split for split in SPLIT_NAMES if name.startswith((f"{split}-", f"{split}.", f"{split}_"))), None)
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                columns = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise BadInput(f"{path}:{number}: not a JSON object: {error}; found {_start(line)}") from error
+            if not isinstance(columns, dict):
+                raise BadInput(f"{path}:{number}: found {_start(line)}; expected one JSON object a line")
+            yield Record(columns, str(path), number)
+
+
+def _json(path: Path) -> Iterator[Record]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid JSON: {error}; a file with one object a line is called .jsonl") from error
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: found a {type(rows).__name__} at the top; expected a list of objects")
+    for number, columns in enumerate(rows, start=1):
+        if not isinstance(columns, dict):
+            raise BadInput(f"{path}, row {number}: found a {type(columns).__name__}; expected an object")
+        yield Record(columns, str(path), number)
+
+
+def _arrow_backed(path: Path, reader: str) -> "Dataset":
+    import pyarrow
+    from datasets import Dataset
+
+    try:
+        if reader == "parquet":
+            import pyarrow.parquet
+
+            return Dataset(pyarrow.parquet.read_table(path))
+        if reader == "csv":
+            import pyarrow.csv
+
+            return Dataset(pyarrow.csv.read_csv(path))
+        return Dataset.from_file(str(path))
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read as {reader}: {error}") from error
+
+
+def _saved(folder: Path, split: str) -> "Dataset":
+    from datasets import Dataset, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise BadInput(f"data.path={folder}: not a readable saved data set: {error}") from error
+    if isinstance(loaded, Dataset):
+        return loaded
+    if split not in loaded:
+        raise BadInput(f"data.path={folder}: no split '{split}' (data.split); splits there: {', '.join(loaded)}")
+    return loaded[split]
+
+
+def _hub(config: DataConfig) -> Iterator[Record]:
+    """A hub name. What can only be a path is not looked up: the hub's answer would hide the typing error."""
+    name = config.path
+    looked = f"looked in {Path.cwd()} and beside the run file"
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in READERS
+    if looks_like_path or not name:
+        raise BadInput(f"data.path={name}: no such file or folder ({looked})")
+    from datasets import Dataset, load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        loaded = load_dataset(name, split=config.split)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(
+            f"data.path={name}: no such file or folder ({looked}), nor a data set of the hub: {reason}"
+        ) from error
+    if not isinstance(loaded, Dataset):
+        raise BadInput(f"data.path={name}: data.split={config.split} gave several splits; expected one")
+    return _from_dataset(loaded, name)
+
+
+def _from_dataset(dataset: "Dataset", source: str) -> Iterator[Record]:
+    return (Record(dict(columns), source, number) for number, columns in enumerate(dataset, start=1))
+
+
+def _start(line: bytes) -> str:
+    text = line.decode("utf-8", errors="replace").strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
