@@ -70,6 +70,7 @@ class VersionedGenerator(ABC):
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._stop_ids: frozenset[int] = frozenset()
         self._tokenizer: Any = None
+        self._sampling = False
 
     def setup(self) -> None:
         """Loads tokenizer and model. Raises BadInput for a model folder that cannot be used."""
@@ -93,6 +94,10 @@ class VersionedGenerator(ABC):
         """
         started = time.monotonic()
         name = self._spec.name
+        if self._sampling:
+            raise RunFailed(
+                f"{name}: weights would change while samples are in flight; exhaust or close generate() first"
+            )
         verify_order(weights, self._version, self._fingerprint, name)
         verify_arrival(weights, name)
         verify_names(weights, self._shapes, name)
@@ -115,7 +120,19 @@ class VersionedGenerator(ABC):
             raise RunFailed(f"{self._spec.name} holds no verified version of the policy: publish one and load it first")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
-        return self._generate(prompts, sampling, samples_per_prompt, purpose)
+        return self._one_call_at_a_time(self._generate(prompts, sampling, samples_per_prompt, purpose))
+
+    def _one_call_at_a_time(self, groups: Iterator[Group]) -> Iterator[Group]:
+        """Keeps `load` away until the last group is out: groups are stamped with the version held when they leave."""
+        if self._sampling:
+            raise RunFailed(
+                f"{self._spec.name}: generate() was called again before the last call was exhausted or closed"
+            )
+        self._sampling = True
+        try:
+            yield from groups
+        finally:
+            self._sampling = False
 
     @abstractmethod
     def close(self) -> None:

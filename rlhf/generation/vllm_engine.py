@@ -86,10 +86,6 @@ class VllmGenerator(VersionedGenerator):
         psutil.wait_procs(alive, timeout=REAP_TIMEOUT_S)
 
     def _take(self, weights: Weights) -> None:
-        if self._engine.has_unfinished_requests():
-            raise RunFailed(
-                f"{self._spec.name}: weights change while samples are in flight; exhaust or close generate() first"
-            )
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         tensors = ((name, tensor.unpack()) for name, tensor in weights.tensors.items())
         if self._cpu:
@@ -119,10 +115,6 @@ class VllmGenerator(VersionedGenerator):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
     ) -> Iterator[Group]:
-        if self._engine.has_unfinished_requests():
-            raise RunFailed(
-                f"{self._spec.name}: generate() was called again before the last call was exhausted or closed"
-            )
         waiting: dict[str, tuple[Prompt, int, int]] = {}
         finished: dict[int, list[Draw]] = {prompt.id: [] for prompt in prompts}
         try:
@@ -210,7 +202,7 @@ def thread_setting_kept() -> Iterator[None]:
 
 @contextmanager
 def reload_warnings_silenced() -> Iterator[None]:
-    """Hides vLLM's "Failed to load weights" at every reload: rotary tables are computed, a tied head is packed again here.
+    """Hides "Failed to load weights" at every reload: rotary tables are computed, a tied head is packed again here.
 
     What should have arrived is checked by name before the reload, and the probe checks what is in use after it.
     """
