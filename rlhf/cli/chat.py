@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.eval()
+    model.train(False)
     torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     conversation = list(opening)

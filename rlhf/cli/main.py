@@ -34,12 +34,12 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the subcommand; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser, command = _parser(words)
-    arguments = parser.parse_args(words)
-    if command is None:
-        parser.print_help()
-        return DONE
     try:
+        parser, command = _parser(words)
+        arguments = parser.parse_args(words)
+        if command is None:
+            parser.print_help()
+            return DONE
         return command.run(arguments)
     except BadInput as error:
         return _say(str(error), BAD_INPUT)
@@ -66,7 +66,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Command | No
     for name, meaning in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         if name == called:
-            command = importlib.import_module(f"rlhf.cli.{name}")  # type: ignore[assignment]
+            command = importlib.import_module(f"rlhf.cli.{name}")
             assert command is not None
             command.add_arguments(subparser)
     return parser, command

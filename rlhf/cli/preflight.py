@@ -46,8 +46,8 @@ def _check_engines(config: RunConfig) -> None:
 def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
     if config.learner.engine == "torch" and cluster.trainer.replicas > 1:
         raise BadInput(
-            f"cluster file: trainer.replicas={cluster.trainer.replicas}, but learner.engine=torch trains in one process; "
-            "expected 1, or learner.engine=deepspeed"
+            f"cluster file: trainer.replicas={cluster.trainer.replicas}, but learner.engine=torch trains in one "
+            "process; expected 1, or learner.engine=deepspeed"
         )
 
 

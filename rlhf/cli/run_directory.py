@@ -59,8 +59,8 @@ def _check_same_run(run_dir: Path, config: RunConfig) -> None:
     if fixed:
         changes = "; ".join(f"{key} was {_value(old, key)}, now {_value(config, key)}" for key in fixed)
         raise BadInput(
-            f"--run-dir {run_dir}: holds another run: {changes}. Next: another --run-dir, --fresh to move the old one aside, "
-            f"or the old values"
+            f"--run-dir {run_dir}: holds another run: {changes}. Next: another --run-dir, --fresh to move the old one "
+            "aside, or the old values"
         )
 
 

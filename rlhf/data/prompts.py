@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf.buffer.samplers import RowOrder
+from rlhf.buffer.samplers import order
 from rlhf.config import DataConfig, RunConfig
 from rlhf.data.conversations import Content, content_of, render
 from rlhf.data.records import Record, load_rows
@@ -64,7 +64,7 @@ class PromptSet:
             for row, token_ids in kept.items()
         ]
         self._heldout, self._train = _split(items, config)
-        self._order = RowOrder(seed, len(self._train), shuffle=config.shuffle)
+        self._seed, self._shuffle = seed, config.shuffle
         self.fingerprint = _fingerprint(records, ids, config)
 
     @classmethod
@@ -83,7 +83,7 @@ class PromptSet:
 
     def prompt(self, prompt_id: int) -> Prompt:
         """The prompt with this id: ids count up over epochs, each epoch holds every training row once."""
-        epoch, position = self._order.place(prompt_id)
+        epoch, position = order(self._seed, len(self._train), prompt_id, shuffle=self._shuffle)
         return _prompt(self._train[position], prompt_id, epoch)
 
     def heldout_prompts(self) -> list[Prompt]:
