@@ -49,9 +49,3 @@ class Cluster(Section):
     def threads_of(self, role: Role) -> int:
         """Compute threads of an actor of this role, the same in one process and on Ray."""
         return self.threads_per_role or max(1, math.ceil(role.cpus))
-
-    @model_validator(mode="after")
-    def _one_buffer(self) -> Self:
-        if self.buffer.replicas != 1:
-            raise ValueError(f"buffer.replicas is {self.buffer.replicas}; expected 1: the ledger has one writer")
-        return self

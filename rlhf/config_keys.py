@@ -75,13 +75,16 @@ def explain(
     error: ValidationError, data: Mapping[str, Any], kind: type[BaseModel], file: str, overrides: Mapping[str, str]
 ) -> list[str]:
     """One line a fault: where it was written, the key, what was found, what is expected."""
-    lines = []
+    lines: list[str] = []
     for fault in error.errors(include_url=False):
-        key = _key_of(fault, data)
+        key = _key_of(fault, data) + (".name" if fault["type"].startswith("union_tag") else "")
         cause = next((text for name, text in overrides.items() if f"{key}.".startswith(f"{name}.")), None)
         place = f"override '{cause}'" if cause else file
         line = f"{place}: {_in_words(fault, key, kind)}"
-        if line not in lines:
+        found, expected, alternative = line.rpartition("; expected ")
+        if expected and lines and lines[-1].startswith(found + expected):
+            lines[-1] += f" or {alternative}"  # the value may have one of several types, and has none of them
+        else:
             lines.append(line)
     return lines
 
@@ -94,16 +97,15 @@ def _in_words(fault: ErrorDetails, key: str, kind: type[BaseModel]) -> str:
     if what == "missing":
         meaning = next((k.meaning for k in all_keys(kind) if k.name == key), "")
         return f"missing required key {key}" + (f" ({meaning})" if meaning else "")
-    if what.startswith("union_tag"):
-        tags = fault.get("ctx", {}).get("expected_tags", "")
-        said = found.get("name") if isinstance(found, Mapping) else found
-        return (
-            f"{key}.name: found {_shown(said)}; expected one of {tags}" if tags else f"missing required key {key}.name"
-        )
+    if what == "union_tag_not_found":
+        return f"missing required key {key}"
+    if what == "union_tag_invalid":
+        return f"{key}: found {_shown(fault['ctx']['tag'])}; expected one of {fault['ctx']['expected_tags']}"
     if what == "value_error":
         message = fault["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("an ")
+    expected = {"array": "list", "object": "keys with values"}.get(expected, expected)
     return f"{key}: found {_shown(found)} ({_type_name(found)}); expected {expected}"
 
 

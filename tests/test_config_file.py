@@ -1,0 +1,243 @@
+"""Run and cluster files: what is accepted, and what each fault's message names.
+
+Not covered: files of other encodings than UTF-8 beyond the refusal.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, SecretStr
+
+from rlhf.cluster import Cluster
+from rlhf.config import RunConfig
+from rlhf.config_file import differing_keys, dump, load_cluster, load_run
+from rlhf.config_keys import all_keys, nearest
+from rlhf.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MINIMAL: dict[str, Any] = {
+    "model": {"name": "tiny"},
+    "algorithm": {"name": "rloo"},
+    "data": {"path": "prompts.jsonl"},
+    "loop": {"num_steps": 2, "groups_per_step": 4},
+    "generation": {"max_new_tokens": 8},
+    "reward": {"function": "json:dumps"},
+}
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        load_run(path, overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_overrides_are_applied(tmp_path: Path) -> None:
+    """Values of overrides are YAML: numbers in any notation, null, lists and whole sections."""
+    overrides = [
+        "learner.lr=1e-5",
+        "learner.adam_betas=[0.8, 0.95]",
+        "model.lora={rank: 4}",
+        "data.limit=null",
+        "seed=7",
+    ]
+    config = load_run(write(tmp_path, MINIMAL), overrides)
+    assert (config.learner.lr, config.learner.adam_betas, config.seed) == (1e-5, (0.8, 0.95), 7)
+    assert config.model.lora is not None and (config.model.lora.rank, config.model.lora.alpha) == (4, 32)
+    assert config.generation.temperature == 1.0 and config.data.limit is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lrr=1", "did you mean learner.lr?"),
+        ("learner.learning_rte=1", "did you mean learner.lr?"),
+        ("num_steps=3", "did you mean loop.num_steps?"),
+        ("generation.temprature=1", "did you mean generation.temperature?"),
+        ("algorithm.kl.coeff=1", "did you mean algorithm.kl.coef?"),
+        ("algorithm.beta=1", "did you mean algorithm.kl.coef?"),
+        ("lerner={}", "did you mean learner?"),
+        ("qqqq=1", "keys there: seed, model"),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path: Path, override: str, expected: str) -> None:
+    message = refusal(write(tmp_path, MINIMAL), override)
+    assert f"override '{override}': unknown key {override.partition('=')[0]}" in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "found", "expected"),
+    [
+        ("learner.lr=fast", "learner.lr", "'fast'", "number"),
+        ("seed='5'", "seed", "'5'", "integer"),
+        ("seed=true", "seed", "True", "integer"),
+        ("seed=1.5", "seed", "1.5", "integer"),
+        ("seed={x: 1}", "seed", "{'x': 1}", "integer"),
+        ("data.shuffle=1", "data.shuffle", "1", "boolean"),
+        ("loop=3", "loop", "3", "keys with values"),
+        ("model.lora.target_modules=3", "model.lora.target_modules", "3", "list or 'all-linear'"),
+        ("generation.engine=sglang", "generation.engine", "'sglang'", "'vllm' or 'transformers'"),
+        ("generation.temperature=-1", "generation.temperature", "-1", "greater than 0"),
+        ("learner.lr=.nan", "learner.lr", "nan", "number"),
+        ("algorithm.name=foo", "algorithm.name", "'foo'", "'rloo', 'reinforce'"),
+        ("data.path=null", "data.path", "None", "string"),
+    ],
+)
+def test_wrong_value_names_key_found_and_expected(
+    tmp_path: Path, override: str, key: str, found: str, expected: str
+) -> None:
+    """No type is guessed from another: text is no number, true no 1."""
+    message = refusal(write(tmp_path, MINIMAL), override)
+    line = next(line for line in message.splitlines() if f"{key}: found" in line)
+    assert line.startswith(f"override '{override}'") and found in line and expected in line
+
+
+def test_every_fault_has_its_own_line(tmp_path: Path) -> None:
+    content = {**MINIMAL, "loop": {"groups_per_step": "x", "foo_bar_baz": 1}, "generation": {}}
+    lines = refusal(write(tmp_path, content)).splitlines()
+    assert len(lines) == 4
+    assert all(str(tmp_path / "run.yaml") in line for line in lines)
+    assert sum("missing required key" in line for line in lines) == 2
+    assert any("generation.max_new_tokens" in line for line in lines)
+
+
+def test_checks_across_keys(tmp_path: Path) -> None:
+    """Combinations that would be meaningless are refused with the reason."""
+    path = write(tmp_path, MINIMAL)
+    assert "algorithm: samples_per_prompt must be at least 2" in refusal(path, "algorithm.samples_per_prompt=1")
+    assert "top_p below 1 biases" in refusal(path, "generation.top_p=0.9")
+    assert "zero_stage is DeepSpeed's" in refusal(path, "learner.engine=torch", "learner.zero_stage=3")
+    assert "learner.minibatches=99 is more than" in refusal(path, "learner.minibatches=99")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2, column 1: not valid YAML: key 'seed' stands twice, first in line 1"),
+        ("model:\n  name: a\n  name: b\n", "line 3, column 3: not valid YAML: key 'name' stands twice"),
+        ("seed: [1\n", "not valid YAML"),
+        ("- 1\n- 2\n", "found a list at the top"),
+        ("", "found nothing at the top"),
+        ("? [a]\n: 1\n", "a key must be a plain word"),
+        ("seed: !!python/object:os.system 1\n", "not valid YAML"),
+    ],
+)
+def test_broken_yaml_names_the_line(tmp_path: Path, content: str, expected: str) -> None:
+    message = refusal(write(tmp_path, content))
+    assert message.startswith(str(tmp_path / "run.yaml")) and expected in message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "none.yaml")
+    assert "is a folder" in refusal(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xff\n")
+    assert "UTF-8" in refusal(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("override", ["learner.lr", "=3", "a..b=1", ".a=1"])
+def test_malformed_override(tmp_path: Path, override: str) -> None:
+    assert f"override '{override}': expected key.sub=value" in refusal(write(tmp_path, MINIMAL), override)
+
+
+def test_override_below_a_plain_value(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, {**MINIMAL, "seed": 3}), "seed.x=1")
+    assert message == "override 'seed.x=1': seed is 3, which has no keys below it"
+
+
+def test_paths_are_taken_from_here_then_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exists in both places is taken from the current directory; what exists in neither is left alone."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.jsonl").touch()
+    (there / "reward.py").touch()
+    monkeypatch.chdir(here)
+    content = {**MINIMAL, "data": {"path": "both.jsonl"}, "reward": {"function": "reward.py:score"}}
+    config = load_run(write(there, content), [])
+    assert config.data.path == str(here / "both.jsonl")
+    assert config.reward.function == f"{there / 'reward.py'}:score"
+    (here / "both.jsonl").unlink()
+    assert load_run(there / "run.yaml", []).data.path == str(there / "both.jsonl")
+    assert load_run(there / "run.yaml", ["data.path=owner/name"]).data.path == "owner/name"
+    assert load_run(there / "run.yaml", ["reward.function=json:dumps"]).reward.function == "json:dumps"
+
+
+def test_resolved_file_reads_back_to_the_same_config(tmp_path: Path) -> None:
+    overrides = ["learner.lr=1e-7", "model.lora={}", "learner.adam_betas=[0.5, 0.9]"]
+    config = load_run(write(tmp_path, MINIMAL), overrides)
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load_run(tmp_path / "resolved.yaml", []) == config
+
+
+def test_secrets_are_not_written() -> None:
+    class WithSecret(BaseModel):
+        token: SecretStr
+
+    assert "hunter2" not in dump(WithSecret(token=SecretStr("hunter2")))
+
+
+def test_differing_keys_are_found_at_any_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    old, new = load_run(path, []), load_run(path, ["loop.num_steps=9", "algorithm.kl.coef=0", "model.lora={}"])
+    assert differing_keys(old, new) == [
+        "algorithm.kl.coef",
+        "loop.num_steps",
+        "model.lora",
+        "model.lora.alpha",
+        "model.lora.rank",
+        "model.lora.target_modules",
+    ]
+    assert differing_keys(old, old) == []
+
+
+def test_cluster_files(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("trainer: {replicas: 2, gpus: 0.5}\n")
+    assert load_cluster(path, []).trainer.replicas == 2
+    path.write_text("trainer: {replica: 2}\nbuffer: {replicas: 2}\n")
+    with pytest.raises(BadInput, match=r"cluster.yaml: unknown key trainer.replica; did you mean trainer.replicas\?"):
+        load_cluster(path, [])
+    path.write_text("buffer: {replicas: 2}\n")
+    with pytest.raises(BadInput, match=r"buffer.replicas must be 1.*found 2"):
+        load_cluster(path, [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_run_files_load(path: Path) -> None:
+    """Their data and reward files exist. Not covered here: that they train."""
+    config = load_run(path, [])
+    assert Path(config.data.path).is_file()
+    assert Path(config.reward.function.rpartition(":")[0]).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "clusters").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_cluster_files_load(path: Path) -> None:
+    load_cluster(path, [])
+
+
+@pytest.mark.parametrize("kind", [RunConfig, Cluster])
+def test_a_key_is_nearest_to_itself_with_a_letter_missing(kind: type[BaseModel]) -> None:
+    """An invariance over all keys that are not sections: dropping the last letter but one is found again."""
+    for key in (key.name for key in all_keys(kind) if not key.is_section and len(key.name.rpartition(".")[2]) > 3):
+        found = nearest(key[:-2] + key[-1], kind)
+        assert found == key, f"{key[:-2] + key[-1]} -> {found}"
+
+
+def test_reading_settings_loads_nothing_heavy() -> None:
+    """In a new interpreter: neither torch nor ray nor transformers nor datasets is imported."""
+    heavy = {"torch", "ray", "transformers", "datasets", "vllm", "deepspeed"}
+    code = f"import sys, rlhf.config_file, rlhf.observers; print(sorted({heavy!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert result.stdout.strip() == "[]"
