@@ -1,5 +1,6 @@
 """What several tests share. Tests cannot import each other: add a fixture here, or a fake to rlhf/testing.py."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,20 @@ import numpy as np
 import pytest
 
 from rlhf.experience import Group, Prompt, Sample, Sampling
+
+
+# No test needs a hub, and none may wait for an answer that never comes on a closed network.
+CLOSED_NETWORK = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def pytest_configure() -> None:
+    """Set before any test module is imported: huggingface_hub reads its variables at import."""
+    os.environ.update(CLOSED_NETWORK)
 
 
 @pytest.fixture
