@@ -9,7 +9,6 @@ import pytest
 
 from rlhf.experience import Group, Prompt, Sample, Sampling
 
-
 # No test needs a hub, and none may wait for an answer that never comes on a closed network.
 CLOSED_NETWORK = {
     "HF_HUB_OFFLINE": "1",

@@ -140,6 +140,24 @@ def test_a_foreign_actors_on_the_path_is_named_before_it_runs(tmp_path: Path, co
     assert "foreign package was run" not in result.stderr
 
 
+def test_a_run_stops_at_a_foreign_actors_with_exit_code_2(tmp_path: Path) -> None:
+    """The command looks before it imports: one line with both paths, exit code 2, and no run directory."""
+    foreign = tmp_path / "first" / "actors"
+    foreign.mkdir(parents=True)
+    (foreign / "__init__.py").write_text("raise SystemExit('the foreign package was run')")
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "rlhf.cli.main", "run", str(ROOT / "configs" / "rloo_tiny.yaml"), "--run-dir"]
+    environment = {**os.environ, "PYTHONPATH": str(foreign.parent)}
+    result = subprocess.run(
+        [*command, str(run_dir)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert str(foreign) in result.stderr
+    assert str(ROOT / "actors" / "__init__.py") in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not run_dir.exists()
+
+
 def test_our_own_actors_is_accepted_from_any_folder(tmp_path: Path) -> None:
     """The control for the test above."""
     code = "from rlhf.cli.ownership import check_actors_is_ours; check_actors_is_ours()"
