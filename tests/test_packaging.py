@@ -181,6 +181,16 @@ def test_each_need_of_pyproject_is_in_the_lock(lock: str) -> None:
         assert need.specifier.contains(pins[canonical(need.name)], prereleases=True), f"{need} against the {lock} lock"
 
 
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_lock_fulfils_what_it_was_made_from(lock: str) -> None:
+    """An edited NAME.in, direct.in or NAME-alone.txt without a new lock fails here; `make lock` writes the lock."""
+    pins = read_lock(lock)
+    files = (f"{lock}.in", "direct.in", f"{lock}-alone.txt")
+    lines = [line for name in files for line in (ROOT / "requirements" / name).read_text().splitlines()]
+    for need in (Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))):
+        assert need.specifier.contains(pins[canonical(need.name)], prereleases=True), f"{need} against the {lock} lock"
+
+
 def test_the_lock_is_complete() -> None:
     """Each need of each locked package is fulfilled by the lock, so --no-deps leaves out only what is listed above."""
     pins = read_lock(lock_of_this_machine())
