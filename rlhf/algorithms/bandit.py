@@ -23,6 +23,7 @@ from rlhf.experience import (
     REWARD,
     Floats,
     Group,
+    Ids,
     Row,
     Sample,
     TrainBatch,
@@ -41,7 +42,7 @@ class Episode(NamedTuple):
     """A sample that could be scored: the prompt's id and tokens, the judge's score r, and the shaped reward R."""
 
     prompt_id: int
-    prompt_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
+    prompt_ids: Ids
     sample: Sample
     score: float
     reward: float
