@@ -1,1 +1,1 @@
-"""The update step, on plain torch or on DeepSpeed."""
+"""The policy's owner: plans micro-batches, computes losses, takes optimizer steps, publishes and saves."""

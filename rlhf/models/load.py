@@ -33,7 +33,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
 
 
 def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
-    """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0, without a cache.
+    """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0.
 
     Raises BadInput for an encoder-decoder, an attention implementation that the model does not have, or tensors that
     the folder lacks (transformers would fill them with random numbers).
@@ -49,7 +49,6 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.config.use_cache = False
     model.train(False)
     return model
 

@@ -5,6 +5,7 @@ Everything happens inside one `forward`, so that an engine that gathers sharded 
 """
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
 import torch
@@ -33,6 +34,16 @@ class ModelInputs(NamedTuple):
     predictors: Tensor
     targets: Tensor
     temperature: Tensor
+
+    def to(self, device: torch.device) -> "ModelInputs":
+        return ModelInputs(
+            self.input_ids.to(device),
+            None if self.attention_mask is None else self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.predictors.to(device),
+            self.targets.to(device),
+            self.temperature.to(device),
+        )
 
 
 class PolicyModel(nn.Module):
@@ -81,6 +92,30 @@ class PolicyModel(nn.Module):
         ).last_hidden_state
         chosen = states.reshape(-1, states.shape[-1])[predictors]
         return token_logprobs(self._head, chosen, targets, temperature, self._logit_chunk)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Inside it the model is its frozen base: with adapters, the reference (no second model in memory)."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("the policy has no adapter to switch off: its reference is a model of its own")
+        return cast(AbstractContextManager[None], self.model.disable_adapter())
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Raises BadInput unless packed sequences cannot see each other: the probe behind other tokens, and alone."""
+        alone = probe_inputs(self.base.config.vocab_size)
+        length = alone.input_ids.shape[1]
+        packed = alone._replace(
+            input_ids=torch.cat([alone.input_ids.flip(1), alone.input_ids], dim=1),
+            attention_mask=None,
+            position_ids=torch.cat([alone.position_ids, alone.position_ids], dim=1),
+            predictors=alone.predictors + length,
+        )
+        difference = float((self(*packed)[0] - self(*alone)[0]).abs().max())
+        if not difference <= _HEAD_TOLERANCE[self.base.dtype]:
+            raise BadInput(
+                f"learner.packing: packed rows see each other in {type(self.base).__name__} with model.attention="
+                f"{self.base.config._attn_implementation}: log-probs differ by {difference:.3g}. Use learner.packing=false"
+            )
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -1,0 +1,95 @@
+"""The policy's tensors under the names of the plain model: for engines that pull them and for folders that people load.
+
+Adapters are merged into a copy; the base is never written, so nothing drifts however often it is published.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf.learner.engine import Engine
+from rlhf.models.load import Tokenizer
+
+_ADAPTER = "default"  # peft's name of the only adapter
+
+
+def published_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the plain model's state_dict, a tied one once, adapters merged: W + (alpha / rank) B A in float32.
+
+    Collective: all ranks iterate to the end. A tensor is whole until the next is asked for; copy it before.
+    """
+    base = engine.policy.base
+    modules = dict(base.named_modules())
+    for name, parameter in base.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        adapted = modules.get(owner.removesuffix(".base_layer"))
+        if kind == "weight" and isinstance(adapted, LoraLinear):
+            a, b = _factor(adapted.lora_A), _factor(adapted.lora_B)
+            with engine.gathered([parameter, a, b]), torch.no_grad():
+                yield name.replace(".base_layer.", "."), _merged(adapted, parameter, a, b)
+        else:
+            with engine.gathered([parameter]):
+                yield name.replace(".base_layer.", "."), parameter.detach()
+    persistent = _persistent_buffers(base)
+    yield from persistent.items()
+
+
+def save_policy(engine: Engine, tokenizer: Tokenizer, folder: Path, *, write: bool) -> None:
+    """A folder that from_pretrained and vLLM load: weights (merged), config, generation config, tokenizer.
+
+    Collective; only the rank with `write` touches the disk and holds the copy of the weights in memory.
+    """
+    tensors = {}
+    for name, tensor in published_tensors(engine):
+        if write:
+            tensors[name] = tensor.to("cpu", copy=True).contiguous()
+    if not write:
+        return
+    base = engine.policy.base
+    folder.mkdir(parents=True)
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    base.config.save_pretrained(folder)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
+    """The adapter alone, as peft loads it; nothing when the whole model is trained. Collective."""
+    model = engine.policy.model
+    if not isinstance(model, PeftModel):
+        return
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            with engine.gathered([parameter]):
+                if write:
+                    tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if write:
+        folder.mkdir(parents=True)
+        save_file(get_peft_model_state_dict(model, state_dict=tensors), folder / "adapter_model.safetensors")
+        model.peft_config[_ADAPTER].save_pretrained(str(folder))
+
+
+def _factor(adapters: nn.ModuleDict) -> nn.Parameter:
+    return cast(nn.Parameter, adapters[_ADAPTER].weight)
+
+
+def _merged(layer: LoraLinear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    delta = layer.scaling[_ADAPTER] * (b.float() @ a.float())
+    return (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+
+
+def _persistent_buffers(model: nn.Module) -> Mapping[str, Tensor]:
+    kept = model.state_dict(keep_vars=True).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -1,0 +1,186 @@
+"""One rank of the policy's owner. All ranks are called with the same arguments, in the same order.
+
+It knows the algorithm as two functions and the engine as a protocol. It draws no random numbers but the seeded order of
+minibatches and the seeded start of adapters, so there is no generator to save.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf import metrics
+from rlhf.algorithms import Algorithm, RunState
+from rlhf.blueprint import needs_old_logprobs
+from rlhf.config import RunConfig
+from rlhf.errors import BadInput
+from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, Columns, Floats, Group, TrainBatch
+from rlhf.learner.annotate import Share
+from rlhf.learner.build import build_engine
+from rlhf.learner.collate import collate
+from rlhf.learner.export import published_tensors, save_adapter, save_policy
+from rlhf.learner.mismatch import mismatch
+from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
+from rlhf.learner.reach import GradientReach
+from rlhf.learner.schedule import learning_rate
+from rlhf.metrics import Metrics
+from rlhf.models.load import load_tokenizer
+from rlhf.models.policy import probe_inputs
+from rlhf.weights import Probe, Weights, pack, probe_ids
+
+STATE_FILE = "learner.json"
+
+
+class PolicyLearner:
+    """Trains the policy: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
+
+    meeting_point, host:port of rank 0 for world_size > 1. Every public method but `prepare` is collective.
+    """
+
+    def __init__(
+        self, config: RunConfig, algorithm: Algorithm, rank: int, world_size: int, meeting_point: str | None
+    ) -> None:
+        self._config, self._algorithm = config, algorithm
+        self._rank, self._world_size, self._meeting_point = rank, world_size, meeting_point
+        self._version = 0
+        self._state: RunState = algorithm.initial_state
+        self._next_state: RunState = self._state
+        self._measured: Metrics = {}
+        self._fills_old = needs_old_logprobs(config)
+        self._fills_reference = config.model.lora is not None and REF_LOGPROBS in algorithm.needs
+
+    @property
+    def version(self) -> int:
+        """Updates so far, skipped ones included."""
+        return self._version
+
+    def setup(self) -> None:
+        """Loads model and tokenizer, starts the engine. Raises BadInput for a model or setting that cannot work."""
+        config = self._config
+        if config.learner.threads is not None:
+            torch.set_num_threads(config.learner.threads)
+        self._tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+        self._engine = build_engine(config, self._rank, self._world_size, self._meeting_point)
+        self._reach = GradientReach(self._engine, updates=1 if config.model.lora is None else 2)
+
+    def annotate_share(self, groups: Sequence[Group]) -> list[Columns]:
+        """Columns for this rank's share of the groups: old log-probs, and LoRA's reference log-probs, where needed."""
+        self._measured = {}
+        if not (self._fills_old or self._fills_reference):
+            return []
+        share = Share(groups, self._rank, self._world_size)
+        filled: dict[str, dict[int, list[Floats]]] = {}
+        if self._fills_old:
+            filled[OLD_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
+            self._measured = share.mismatch(filled[OLD_LOGPROBS], self._version)
+        if self._fills_reference:
+            with self._engine.policy.without_adapter():
+                filled[REF_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
+        return [
+            Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
+            for number in share.numbers
+        ]
+
+    def prepare(self, groups: Sequence[Group]) -> TrainBatch:
+        """The algorithm's credit assignment; what it carries to the next step takes effect with the next `update`."""
+        batch, self._next_state = self._algorithm.prepare(groups, self._state)
+        return batch
+
+    def update(self, batch: TrainBatch) -> Metrics:
+        """Epochs x minibatches; every optimizer step divides its summed loss once, by a count over all ranks.
+
+        Metrics are pieces: merged over ranks they are exact. The version counts up even when a step was skipped.
+        """
+        settings = self._config.learner
+        units = units_of(batch.rows)
+        parts = [self._measured, batch.metrics if self._rank == 0 else {}]
+        for epoch in range(settings.epochs):
+            chosen = minibatches(len(units), settings.minibatches, self._config.seed, self._version, epoch)
+            for number, members in enumerate(chosen):
+                done = (self._version * settings.epochs + epoch) * settings.minibatches + number
+                parts.append(self._optimize([units[i] for i in members], batch, done))
+        self._version += 1
+        self._state = self._next_state
+        self._measured = {}
+        return metrics.merge(parts)
+
+    def publish(self) -> Weights | None:
+        """The current version, with the learner's own log-probabilities of the probe; None on ranks above 0."""
+        logprobs = self._probe()
+        if self._rank > 0:
+            for _ in published_tensors(self._engine):
+                pass
+            return None
+        vocabulary = self._engine.policy.base.config.vocab_size
+        return pack(self._version, published_tensors(self._engine), Probe(probe_ids(vocabulary), logprobs))
+
+    def save(self, folder: Path) -> None:
+        """Writes policy/ (loads with from_pretrained), adapter/ (LoRA) and trainer/ into an existing folder."""
+        save_policy(self._engine, self._tokenizer, folder / "policy", write=self._rank == 0)
+        save_adapter(self._engine, folder / "adapter", write=self._rank == 0)
+        trainer = folder / "trainer"
+        trainer.mkdir(exist_ok=True)
+        self._engine.save(trainer)
+        if self._rank == 0:
+            state = {"version": self._version, "run_state": dict(self._state), "world_size": self._world_size}
+            (trainer / STATE_FILE).write_text(json.dumps(state | {"engine": self._config.learner.engine}, indent=1))
+
+    def load(self, folder: Path) -> None:
+        """Goes on where `save` stopped. Raises BadInput when it was saved by another engine or number of ranks."""
+        trainer = folder / "trainer"
+        state = json.loads((trainer / STATE_FILE).read_text())
+        found = (state["engine"], state["world_size"])
+        if found != (self._config.learner.engine, self._world_size):
+            raise BadInput(
+                f"{trainer} was saved by the {found[0]} engine on {found[1]} ranks; this run has "
+                f"learner.engine={self._config.learner.engine} on {self._world_size}. Go on with the same, or start a "
+                f"new run with model.name={folder / 'policy'}"
+            )
+        self._engine.load(trainer)
+        self._version, self._state = state["version"], state["run_state"]
+        self._next_state = self._state
+
+    def close(self) -> None:
+        """Leaves the process group and drops gradients."""
+        self._engine.close()
+
+    def _probe(self) -> Floats:
+        inputs = probe_inputs(self._engine.policy.base.config.vocab_size)
+        with torch.no_grad():
+            logprobs, _ = self._engine.forward(inputs.to(self._engine.device))
+        return logprobs.cpu().numpy().astype(np.float32)
+
+    def _optimize(self, units: Sequence[Unit], batch: TrainBatch, done: int) -> Metrics:
+        """One optimizer step over these units on all ranks."""
+        settings, columns = self._config.learner, sorted(batch.rows[0].tokens)
+        count = count_of(units, batch.normalizer)
+        if count == 0:
+            return {"faults/empty_minibatch": metrics.total(1)} if self._rank == 0 else {}
+        planned = plan(units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
+        first_pass = done % (settings.epochs * settings.minibatches) == 0 and not self._fills_old
+        parts = [self._accumulate(micro, columns, count, measure=first_pass) for micro in planned[self._rank]]
+        lr = learning_rate(settings, done, self._config.loop.num_steps * settings.epochs * settings.minibatches)
+        step = self._engine.step(lr)
+        if not step.applied:
+            return {"faults/nonfinite_step": metrics.total(1)} if self._rank == 0 else {}
+        self._reach.check(step.grad_norm)
+        if self._rank == 0:
+            parts.append({"grad_norm": metrics.mean(step.grad_norm, 1), "lr": metrics.last(lr)})
+        return metrics.merge(parts)
+
+    def _accumulate(self, micro: Sequence[Unit], columns: Sequence[str], count: int, *, measure: bool) -> Metrics:
+        """Adds one micro-batch's gradient, divided by the global count, and says what was seen on the way."""
+        collated = collate(micro, columns, packed=self._config.learner.packing).to(self._engine.device)
+        batch = collated.batch
+        outputs = collated.outputs(*self._engine.forward(collated.inputs))
+        sums = self._algorithm.loss(outputs, batch)
+        self._engine.backward(sums.loss / count)
+        trained = int(batch.mask.sum())
+        measured = {name: metrics.mean(float(value), float(over)) for name, (value, over) in sums.means.items()}
+        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), trained)
+        measured["tokens/trained"] = metrics.total(trained)
+        if measure and BEHAVIOR_LOGPROBS in columns:
+            measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
+        return measured
