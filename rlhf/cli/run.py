@@ -10,7 +10,7 @@ from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
 from rlhf.cli.progress import RichProgress
-from rlhf.cli.run_directory import settle
+from rlhf.cli.run_directory import check_directory, settle
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
     if not arguments.in_process:
         check_actors_is_ours()
+    check_directory(run_dir, config, fresh=arguments.fresh)
     check_cheaply(config, cluster)
     prompts = check_prompts(config)
     settle(run_dir, config, cluster, fresh=arguments.fresh)

@@ -30,18 +30,25 @@ def settle(run_dir: Path, config: RunConfig, cluster: Cluster, *, fresh: bool) -
 
     With `fresh` an old directory is moved to <name>.old-<number>. Raises BadInput when the directory holds another run,
     or something that is not a run."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
+    check_directory(run_dir, config, fresh=fresh)
     if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
         run_dir.rename(_free_name(run_dir))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_durably(run_dir / CONFIG_FILE, dump(config))
+    replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+
+
+def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
+    """The refusals of `settle`, changing nothing."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
+    if fresh:
+        return
     if (run_dir / CONFIG_FILE).is_file():
         _check_same_run(run_dir, config)
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         there = ", ".join(sorted(path.name for path in run_dir.iterdir())[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_durably(run_dir / CONFIG_FILE, dump(config))
-    replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
 
 
 def read_config(run_dir: Path) -> RunConfig:
