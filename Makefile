@@ -53,7 +53,8 @@ $(STAMP): requirements/$(LOCK).txt pyproject.toml | $(PY)
 	@command -v g++ >/dev/null || { echo >&2 'g++ was not found; DeepSpeed compiles with it. Next: install a C++ compiler, e.g. apt-get install g++'; exit 1; }
 	$(PY) -m pip install --quiet "$$(grep '^pip==' $<)"
 	$(PY) -m pip install --quiet --no-deps -r $<
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+# setuptools warns of folders that shadow the packages; rlhf/cli/ownership.py looks for that at each run.
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
