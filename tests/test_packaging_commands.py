@@ -1,4 +1,4 @@
-"""Every command in README.md, CONTRIBUTING.md and docs/ can be typed as it stands.
+"""Every command in README.md, CONTRIBUTING.md and docs/ can be typed as it stands, and every link leads to a file.
 
 Not covered: that the commands do what the text says; the files that a run writes are not looked for.
 """
@@ -13,6 +13,7 @@ from rlhf.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 BLOCK = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -57,3 +58,17 @@ def test_a_command_that_does_not_exist_is_refused() -> None:
 def test_the_pages_hold_commands() -> None:
     """An extraction that finds nothing would pass everything."""
     assert {"rlhf run", "make demo", "make test"} <= {" ".join(words[:2]) for words in commands(ROOT / "README.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    """Relative links name files that exist. Not covered: anchors and web addresses."""
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    """docs/README.md leads to each page below docs/, or to the folder that it is in."""
+    linked = {(ROOT / "docs" / link).resolve() for link in LINK.findall((ROOT / "docs" / "README.md").read_text())}
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if page != ROOT / "docs" / "README.md"}
+    assert {page for page in pages if not {page, *page.parents} & (linked - {ROOT, ROOT / "docs"})} == set()
