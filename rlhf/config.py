@@ -164,7 +164,7 @@ class GenerationConfig(Section):
     max_sequences: PositiveInt = Field(default=64, description="sequences that one engine samples at the same time")
     probe_tolerance: PositiveFloat | None = Field(
         default=None,
-        description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 0.25 in bfloat16",
+        description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 1.0 in bfloat16",
     )
     mismatch_alarm: PositiveFloat | None = Field(
         default=None,

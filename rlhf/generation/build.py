@@ -7,8 +7,10 @@ from rlhf.generation.engine import EngineSpec, longest_sequence
 from rlhf.interfaces import Generator
 from rlhf.models.resolve import resolve
 
-# Largest difference at the probe between engine and learner, in nats, where the run file gives none.
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+# Largest difference at the probe between engine and learner, in nats, where the run file gives none. Seen on SmolLM2:
+# 4e-5 in float32; in bfloat16 0.24 at the probe and 0.5 over 800 sampled tokens, so only gross faults show there and
+# `mismatch/*` watches the rest.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 
 
 def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
