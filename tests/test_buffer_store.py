@@ -296,3 +296,13 @@ def test_files_that_are_no_buffer_are_bad_input(tmp_path: Path):
 def test_a_closed_buffer_says_so(path: Path):
     with pytest.raises(RunFailed, match=r"call open\(\) first"):
         ExperienceBuffer(path, REQUIRED, None, 3).counts()
+
+
+def test_what_a_step_took_cannot_be_changed_any_more(opened, complete):
+    """A late optional column would make the replay differ from what was trained."""
+    buffer = opened()
+    complete(buffer, 2, 0)
+    buffer.take(0, 1)
+    late = {"length": [1.0, 2.0]}
+    assert not buffer.add_columns(0, Columns(0, late, {})) and buffer.add_columns(1, Columns(1, late, {}))
+    assert "length" not in buffer.group(0).samples[0].scores and buffer.group(1).samples[1].scores["length"] == 2.0
