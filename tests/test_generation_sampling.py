@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import Sampling
+from rlhf.generation.build import build_generator, engine_spec
 from rlhf.generation.engine import longest_sequence, stop_ids
-from rlhf.generation.transformers_engine import choose, keep
-from rlhf.generation.vllm_engine import read_draw
+from rlhf.generation.transformers_engine import TransformersGenerator, choose, keep
+from rlhf.generation.vllm_engine import VllmGenerator, read_draw
+from rlhf.models.resolve import resolve
 
 
 def sampling(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Sampling:
@@ -132,3 +135,31 @@ def test_the_sampled_tokens_log_prob_is_read_wherever_it_stands(temperature: flo
     draw = read_draw(output, 4, 99)
     assert (draw.index, draw.seed, draw.token_ids) == (4, 99, [13, 13])
     assert draw.logprobs == [logprobs[2], logprobs[2]]
+
+
+def run_config(generation: dict[str, object], learner: dict[str, object]) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "seed": 11,
+            "model": {"name": "tiny"},
+            "algorithm": {"name": "rloo"},
+            "data": {"path": "prompts.jsonl", "max_prompt_tokens": 50},
+            "loop": {"num_steps": 1, "groups_per_step": 2},
+            "generation": {"max_new_tokens": 14, **generation},
+            "learner": learner,
+            "reward": {"function": "rewards:length"},
+        }
+    )
+
+
+def test_an_engine_is_built_from_the_run_file() -> None:
+    """Precision follows the learner unless it is given, and the probe's tolerance follows it. Nothing starts."""
+    assert isinstance(build_generator(run_config({"engine": "transformers"}, {}), "rollout-2"), TransformersGenerator)
+    assert isinstance(build_generator(run_config({"engine": "vllm"}, {}), "rollout-2"), VllmGenerator)
+    model = resolve("tiny")
+    spec = engine_spec(run_config({}, {"dtype": "bfloat16"}), "rollout-2", model)
+    assert (spec.name, spec.run_seed, spec.dtype, spec.max_sequence_tokens) == ("rollout-2", 11, "bfloat16", 64)
+    other = engine_spec(run_config({"dtype": "float32"}, {"dtype": "bfloat16"}), "rollout-2", model)
+    assert other.dtype == "float32"
+    assert other.probe_tolerance < spec.probe_tolerance
+    assert engine_spec(run_config({"probe_tolerance": 0.125}, {}), "rollout-2", model).probe_tolerance == 0.125
