@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at a start are a dozen lines that call for nothing
 }
 
 
