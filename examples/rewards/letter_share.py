@@ -1,8 +1,9 @@
-"""A reward that a tiny model learns in seconds: the share of an answer's letters that are one letter."""
+"""A reward that a tiny model learns in a minute: how often one letter stands in the answer."""
 
 LETTER = "e"
+ENOUGH = 16
 
 
 def letter_share(prompts: list[object], completions: list[str], **columns: list[object]) -> list[float]:
-    """Between 0 and 1: how many of the characters of an answer are the letter `e`. An empty answer gets 0."""
-    return [text.lower().count(LETTER) / len(text) if text else 0.0 for text in completions]
+    """Between 0 and 1: the number of letters `e`, as a share of ENOUGH of them. Saying less gains nothing."""
+    return [min(1.0, text.lower().count(LETTER) / ENOUGH) for text in completions]

@@ -1,0 +1,84 @@
+"""Every metric that a run may log: its unit, how pieces of it are merged, and what it means. The text of docs/metrics.md."""
+
+from typing import NamedTuple
+
+from rlhf.metrics import Reducer
+
+
+class Meaning(NamedTuple):
+    """unit, how pieces are merged (`mean` over what the meaning says), what the number is."""
+
+    unit: str
+    reducer: Reducer
+    meaning: str
+
+
+METRICS: dict[str, Meaning] = {
+    "step": Meaning("steps", "last", "the step, counted from 0"),
+    "policy_version": Meaning("updates", "last", "version of the policy after the step: updates so far"),
+    "reward/mean": Meaning("reward", "mean", "what the judge gave, over samples that it could score; no KL in it"),
+    "reward/std": Meaning(
+        "reward", "last", "standard deviation of the same rewards over the whole step, population form"
+    ),
+    "reward/baseline": Meaning("reward", "last", "REINFORCE: the moving average that was subtracted in this step"),
+    "kl/k1": Meaning(
+        "nats a completion",
+        "mean",
+        "sum over tokens of log-prob minus reference log-prob: unbiased for the KL to the reference, may be below 0",
+    ),
+    "kl/k3": Meaning(
+        "nats a completion", "mean", "sum over tokens of exp(-d) - 1 + d, d as in k1: the same KL, never below 0"
+    ),
+    "kl/k3_clamped_fraction": Meaning(
+        "share of tokens", "mean", "tokens whose log-ratio was cut before the exponential of k3"
+    ),
+    "kl/loss_clamped_fraction": Meaning(
+        "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
+    ),
+    "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
+    "clip/fraction": Meaning(
+        "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"
+    ),
+    "advantage/abs_mean": Meaning("reward", "mean", "mean size of the advantages; 0 means that nothing is learnt"),
+    "group/zero_advantage_fraction": Meaning("share of groups", "mean", "groups whose samples all have advantage 0"),
+    "groups/dropped": Meaning("groups", "sum", "groups left out of the step for want of enough scored samples"),
+    "entropy": Meaning("nats a token", "mean", "entropy of the policy's next-token distribution at the sampled tokens"),
+    "completion/length_mean": Meaning("tokens", "mean", "trained tokens of a completion, its end-of-sequence included"),
+    "completion/unfinished_fraction": Meaning("share of samples", "mean", "samples cut at generation.max_new_tokens"),
+    "mismatch/logprob_abs_mean": Meaning(
+        "nats a token",
+        "mean",
+        "size of the difference between the learner's and the rollout engine's log-prob; see below",
+    ),
+    "mismatch/logprob_abs_max": Meaning("nats", "max", "the largest such difference of one token"),
+    "mismatch/kl": Meaning("nats a token", "mean", "k3 estimate of the KL from the rollout engine to the learner"),
+    "staleness/mean": Meaning("versions", "mean", "how many updates lie between sampling and training, over samples"),
+    "staleness/max": Meaning("versions", "max", "the same for the oldest token; never above loop.max_staleness"),
+    "grad_norm": Meaning("-", "mean", "norm of the gradient before it is clipped, over the step's optimizer steps"),
+    "lr": Meaning("-", "last", "learning rate of the last optimizer step"),
+    "tokens/trained": Meaning("tokens", "sum", "tokens with a true loss mask, over all epochs"),
+    "tokens/trained_per_s": Meaning("tokens/s", "last", "trained tokens a second of the update"),
+    "tokens/generated_per_s": Meaning(
+        "tokens/s", "last", "completion tokens a second of the time that engines were busy"
+    ),
+    "sync/bytes": Meaning("bytes", "last", "size of the published weights"),
+    "sync/engines": Meaning("engines", "last", "rollout engines that verified the version"),
+    "sync/seconds": Meaning("s", "last", "time until all engines had pulled and verified the version"),
+    "sync/probe_abs_max": Meaning("nats", "max", "largest difference between engine and learner at the weight probe"),
+    "time/generate_s": Meaning("s", "last", "time of rollout workers on this step's groups, summed over workers"),
+    "time/judge_s": Meaning("s", "last", "time of judges on this step's groups, summed over workers"),
+    "time/evaluate_s": Meaning("s", "last", "time of workers on held-out prompts, summed over workers"),
+    "time/wait_s": Meaning("s", "last", "time until the step's groups were there"),
+    "time/annotate_s": Meaning("s", "last", "time of the columns that only the learner can fill"),
+    "time/update_s": Meaning("s", "last", "time of credit assignment and optimizer steps"),
+    "time/sync_s": Meaning("s", "last", "time of publishing, committing the step and pulling the weights"),
+    "time/step_s": Meaning("s", "last", "the whole step"),
+    "faults/unscorable": Meaning("samples", "sum", "samples whose reward was None: left out, never counted as 0"),
+    "faults/empty_minibatch": Meaning(
+        "minibatches", "sum", "minibatches without a token to train on: no optimizer step"
+    ),
+    "faults/nonfinite_step": Meaning(
+        "optimizer steps", "sum", "optimizer steps that were skipped for a non-finite gradient"
+    ),
+}
