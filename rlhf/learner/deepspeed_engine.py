@@ -55,6 +55,8 @@ class DeepSpeedEngine:
         )
         if config.zero_stage in (1, 2):
             self._engine.optimizer.check_grad_overflow = True  # off in float32 unless asked for: NaN would be applied
+        if self._clips_here:
+            self._engine.set_gradient_accumulation_boundary(False)
         self._parameters = parameters
         self.device = torch.device(self._engine.device)
 
@@ -104,7 +106,9 @@ class DeepSpeedEngine:
 
     def _plain_step(self) -> Step:
         """Averages whole gradients over ranks, so that their norm is the same on all of them."""
-        self._engine.allreduce_gradients()
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()  # does nothing away from a boundary
+        self._engine.set_gradient_accumulation_boundary(False)
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
         applied = bool(torch.isfinite(torch.tensor(norm)))
         if applied:
@@ -135,7 +139,7 @@ def settings(config: LearnerConfig, world_size: int, *, clips_here: bool) -> dic
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": world_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": clips_here,
         "gradient_clipping": 0.0 if clips_here else config.max_grad_norm,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": {"stage": config.zero_stage},
