@@ -138,7 +138,7 @@ class Moves(RuleBasedStateMachine):
     @rule(step=st.integers(0, 4))
     def rewind(self, step: int) -> None:
         back = sorted(number for number in self.committed if number >= step)
-        assert self.buffer.rewind(step) == back
+        self.buffer.rewind(step)
         for number in back:
             del self.committed[number]
             for prompt_id in self.steps[number]:

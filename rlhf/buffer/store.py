@@ -238,19 +238,16 @@ class ExperienceBuffer:
         with self._writer.reading() as connection:
             return trained_groups(connection, self.path, step)
 
-    def rewind(self, step: int) -> list[int]:
+    def rewind(self, step: int) -> None:
         """Sends the committed steps from `step` on back to be trained again, for a restart from an older checkpoint.
 
         They keep their groups, so that `take` returns these and nothing is generated again, and lose what their commit
         added: the learner's columns, version, metrics. Their prompts count as complete until the next commit; the old
-        fingerprint stays in the history for comparison. Steps that were only taken stay so. Returns the steps sent
-        back.
+        fingerprint stays in the history for comparison. Steps that were only taken stay so.
         """
         with self._writer.moving() as connection:
-            steps = ledger.trained_steps(connection, step)
-            for number in steps:
+            for number in ledger.trained_steps(connection, step):
                 ledger.set_rewound(connection, number)
-            return steps
 
     def counts(self) -> Counts:
         with self._writer.reading() as connection:
