@@ -1,4 +1,4 @@
-"""Every metric that a run may log: its unit, how pieces of it are merged, and what it means. The text of docs/metrics.md."""
+"""Every metric that a run may log: its unit, how its pieces are merged, what it means; the table of docs/metrics.md."""
 
 from typing import NamedTuple
 

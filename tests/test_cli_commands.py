@@ -1,0 +1,160 @@
+"""The commands on a real run of three steps: tiny model, transformers, torch, in one process.
+
+Not covered: Ray and vLLM, which have their own tests; `doctor`'s imports of them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli.doctor import differing_from_lock
+from rlhf.cli.main import COMMANDS
+from rlhf.metric_names import METRICS
+from rlhf.observers import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = (
+    "generation.engine=transformers",
+    "learner.engine=torch",
+    "loop.groups_per_step=2",
+    "loop.checkpoint_every=2",
+)
+
+pytestmark = pytest.mark.slow
+
+Result = subprocess.CompletedProcess[str]
+
+
+def rlhf(*words: str, stdin: str = "") -> Result:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rlhf.cli.main", *words]
+    return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, check=False)
+
+
+def train(run_dir: Path, *more: str) -> Result:
+    config = str(ROOT / "configs" / "rloo_tiny.yaml")
+    return rlhf("run", config, *SETTINGS, "data.heldout=2", *more, "--in-process", "--run-dir", str(run_dir))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps. Tests must not change it: `copy` is for those that do."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    result = train(run_dir, "loop.num_steps=3")
+    assert result.returncode == 0, result.stderr
+    assert "step 3/3" in result.stdout and "done: report in" in result.stdout
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_help_and_unknown_commands() -> None:
+    result = rlhf("--help")
+    assert result.returncode == 0 and all(command in result.stdout for command in COMMANDS)
+    assert rlhf("fly").returncode == 2
+    assert rlhf("run").returncode == 2
+    for command in COMMANDS:
+        assert rlhf(command, "--help").returncode == 0
+
+
+def test_run_directory_is_complete(finished: Path) -> None:
+    for name in ("config.yaml", "cluster.yaml", "metrics.jsonl", "experience.db", "report.html", "evaluations.jsonl"):
+        assert (finished / name).stat().st_size > 0
+    assert list((finished / "tensorboard").iterdir())
+    assert [row["step"] for row in read_jsonl(finished / "evaluations.jsonl")] == [0, 3]
+
+
+def test_metrics_are_documented(finished: Path) -> None:
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert set().union(*rows) <= METRICS.keys()
+
+
+def test_inspect_and_verify(finished: Path) -> None:
+    state = json.loads(rlhf("inspect", str(finished), "--json").stdout)
+    assert (state["steps_trained"], state["experience"]["counts"]["trained"]) == (3, 6)
+    assert "3 of 3 steps trained" in rlhf("inspect", str(finished)).stdout
+    result = rlhf("verify", str(finished), "--json")
+    found = json.loads(result.stdout)
+    assert result.returncode == 0 and found["ok"] and found["problems"] == []
+    assert found["ledger"]["trained"] == 6 and found["ledger"]["lost"] == found["ledger"]["duplicated"] == 0
+    assert rlhf("inspect", str(finished.parent)).returncode == 2
+    assert rlhf("verify", str(finished.parent)).returncode == 2
+
+
+def test_verify_finds_a_flipped_byte_in_a_checkpoint(copy: Path) -> None:
+    file = next((copy / "checkpoints").glob("*/policy/model.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    result = rlhf("verify", str(copy))
+    assert result.returncode == 1 and "model.safetensors" in result.stdout and "checksum differs" in result.stdout
+
+
+def test_replay_gives_the_recorded_weights_and_notices_others(copy: Path) -> None:
+    result = rlhf("replay", str(copy), "--step", "1")
+    assert result.returncode == 0 and "bit for bit" in result.stdout, result.stdout + result.stderr
+    assert rlhf("replay", str(copy), "--step", "3").returncode == 2
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("epochs: 1", "epochs: 3"))
+    control = rlhf("replay", str(copy), "--step", "1")
+    assert control.returncode == 1 and "the weights differ" in control.stdout
+
+
+def test_export_of_policy_and_experience(finished: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert rlhf("export", str(finished), "--to", str(tmp_path / "policy")).returncode == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(tmp_path / "policy")
+    again = rlhf("export", str(finished), "--to", str(tmp_path / "policy"))
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert rlhf("export", str(finished), "--to", str(tmp_path / "data"), "--what", "experience").returncode == 0
+    rows = load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 24 and sorted(set(rows["step"])) == [0, 1, 2]
+
+
+def test_chat_answers_each_line_of_a_pipe(finished: Path) -> None:
+    words = ("chat", str(finished), "--max-new-tokens", "3", "--temperature", "1")
+    first, second = (rlhf(*words, stdin="hello\nand then?\n") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout and first.stdout == second.stdout  # the same seed says the same
+
+
+def test_going_on_keeps_history_and_fresh_moves_it_aside(copy: Path) -> None:
+    before = (copy / "metrics.jsonl").read_text()
+    result = train(copy, "loop.num_steps=4")
+    assert result.returncode == 0 and "goes on at step 3" in result.stdout, result.stdout + result.stderr
+    assert (copy / "metrics.jsonl").read_text().startswith(before)
+    assert [row["step"] for row in read_jsonl(copy / "metrics.jsonl")] == [0, 1, 2, 3]
+    refused = train(copy, "loop.num_steps=4", "seed=1")
+    assert refused.returncode == 2 and "seed was 0, now 1" in refused.stderr
+    fresh = train(copy, "loop.num_steps=1", "seed=1", "--fresh")
+    assert fresh.returncode == 0, fresh.stderr
+    assert len(read_jsonl(copy / "metrics.jsonl")) == 1
+    assert len(read_jsonl(copy.with_name("run.old-1") / "metrics.jsonl")) == 4
+
+
+def test_failure_of_the_reward_function_is_exit_code_4(tmp_path: Path) -> None:
+    """With the user's own traceback, and a report that says so."""
+    (tmp_path / "bad.py").write_text("def score(prompts, completions, **columns):\n    raise KeyError('colour')\n")
+    result = train(tmp_path / "run", "loop.num_steps=1", f"reward.function={tmp_path / 'bad.py'}:score")
+    assert result.returncode == 4, result.stdout + result.stderr
+    assert "KeyError: 'colour'" in result.stderr and "failed:" in result.stdout
+
+
+@pytest.mark.parametrize("line", ["no-such-package==1.0", "numpy==0.0.1"])
+def test_doctor_compares_with_the_lock(line: str) -> None:
+    from importlib.metadata import version
+
+    (found,) = differing_from_lock(f"# comment\n{line}\nnumpy=={version('numpy')}\n-r other.txt\n")
+    assert found.startswith(line.partition("==")[0])
