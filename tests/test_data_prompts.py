@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.config import DataConfig
-from rlhf.data.prompts import TOO_LONG, PromptSet
+from rlhf.data.prompts import REPEATED, TOO_LONG, PromptSet
 from rlhf.data.records import Record, load_rows
 from rlhf.errors import BadInput
 
@@ -207,6 +207,7 @@ def test_heldout_prompts_are_apart_and_stay_the_same() -> None:
     trained = {prompts.prompt(n).text for n in range(len(prompts))}
     assert len(prompts.heldout_prompts()) == len(heldout) == 5 and len(prompts) == 30
     assert heldout | trained == set(texts) and not heldout & trained
+    assert prompts.dropped == {REPEATED: 5}  # every row is accounted for: 30 + 5 + 5
     turned = PromptSet(records(*reversed(texts)), tokenizer, settings(heldout=5), 9)
     assert {prompt.text for prompt in turned.heldout_prompts()} == heldout
     assert len({prompt.id for prompt in prompts.heldout_prompts()}) == 5

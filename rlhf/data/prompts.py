@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAMED_IN_ERRORS = 5
 TOO_LONG = "prompt too long"
+REPEATED = "same prompt as a held-out one"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,9 @@ class PromptSet:
             for row, token_ids in kept.items()
         ]
         self._heldout, self._train = _split(items, config)
+        repeated = len(items) - len(self._heldout) - len(self._train)
+        if repeated:
+            self.dropped[REPEATED] = repeated
         self._seed, self._shuffle = seed, config.shuffle
         self.fingerprint = _fingerprint(records, ids, config)
 
