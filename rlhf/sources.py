@@ -123,6 +123,7 @@ class PolicySource:
         self._version = published.version
         measured = {
             "sync/bytes": metrics.last(published.size_bytes),
+            "sync/engines": metrics.last(len(receipts)),
             "sync/seconds": metrics.last(time.monotonic() - started),
             "sync/probe_abs_max": metrics.largest(max((r.probe_abs_max for r in receipts), default=0.0)),
             "time/generate_s": metrics.last(self._seconds.pop("generate", 0.0)),

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, command = _parser(words)
-        arguments = parser.parse_args(words)
+        arguments = _parse(parser, words)
         if command is None:
             parser.print_help()
             return DONE
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoCapacity as error:
         return _say(str(error), NO_CAPACITY)
     except RunFailed as error:
-        return _say(str(error), FAILED)
+        return _say("\n".join([str(error), *getattr(error, "__notes__", [])]), FAILED)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except Exception:  # noqa: BLE001  the outermost frame: an unforeseen error is shown whole, with the exit code of a failure
@@ -70,6 +70,18 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Command | No
             assert command is not None
             command.add_arguments(subparser)
     return parser, command
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parses the words; `key=value` may stand anywhere behind the run file, also behind options, which argparse alone
+    does not allow."""
+    arguments, rest = parser.parse_known_args(words)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) < len(rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += settings
+    return arguments
 
 
 def _say(message: str, code: int) -> int:
