@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.config import RunConfig
 from rlhf.experience import Group, Prompt, Sample, Sampling
 
 # No test needs a hub, and none may wait for an answer that never comes on a closed network.
@@ -106,5 +107,62 @@ def plain() -> Callable[[Group], dict[str, Any]]:
         p = group.prompt
         prompt = (p.id, p.row, p.epoch, p.content, p.text, array(p.token_ids), dict(p.columns))
         return {"prompt": prompt, "origin": group.origin, "samples": [sample(s) for s in group.samples]}
+
+    return build
+
+
+@pytest.fixture
+def tiny_run() -> Callable[..., RunConfig]:
+    """Builds a run file's content for the tiny model, RLOO without a KL price and the torch engine in float32."""
+
+    def build(
+        model: Mapping[str, Any], learner: Mapping[str, Any], loop: Mapping[str, Any], kl: Mapping[str, Any]
+    ) -> RunConfig:
+        """What the arguments say replaces or adds to the keys of their sections."""
+        return RunConfig.model_validate(
+            {
+                "seed": 1,
+                "model": {"name": "tiny", **model},
+                "algorithm": {"name": "rloo", "samples_per_prompt": 4, "kl": {"coef": 0.0, **kl}},
+                "data": {"path": "unused.jsonl"},
+                "loop": {"num_steps": 8, "groups_per_step": 4, **loop},
+                "generation": {"engine": "transformers", "max_new_tokens": 16, "temperature": 0.7},
+                "learner": {"engine": "torch", "lr": 1e-2, "tokens_per_microbatch": 128, **learner},
+                "reward": {"function": "unused:unused"},
+            }
+        )
+
+    return build
+
+
+@pytest.fixture
+def sampled_groups() -> Callable[..., list[Group]]:
+    """Builds groups as the tiny model could have sampled them: random ids below 320, EOS at the end, uneven lengths."""
+
+    def build(seed: int, prompts: int, samples: int, version: int, reward_scale: float) -> list[Group]:
+        random = np.random.default_rng(seed)
+        groups = []
+        for prompt_id in range(prompts):
+            prompt_ids = random.integers(5, 320, random.integers(3, 20)).astype(np.int32)
+            made = []
+            for index in range(samples):
+                ids = np.append(random.integers(5, 320, random.integers(0, 15)), 1).astype(np.int32)
+                made.append(
+                    Sample(
+                        index=index,
+                        token_ids=ids,
+                        loss_mask=np.ones(len(ids), np.bool_),
+                        text="",
+                        finish_reason="stop",
+                        behavior_logprobs=np.full(len(ids), -5.5, np.float32),
+                        versions=np.full(len(ids), version, np.int32),
+                        sampling=Sampling(0.7, 1.0, 0, 16),
+                        seed=index,
+                        scores={"reward": reward_scale * float(random.normal())},
+                        tokens={},
+                    )
+                )
+            groups.append(Group(Prompt(prompt_id, prompt_id, 0, "", "", prompt_ids, {}), tuple(made), "policy"))
+        return groups
 
     return build

@@ -1,0 +1,125 @@
+"""Names to folders, and what a folder must hold. Not covered: downloads from a hub or a package index."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import BadInput
+from rlhf.models.load import load_tokenizer, stop_ids
+from rlhf.models.resolve import check_model, resolve
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A model folder whose weights are in two shards."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "sharded"
+    source = resolve("tiny")
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder, max_shard_size="200KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+def test_tiny_model_has_the_same_bytes_whoever_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds at once in one cache, and one in another: same bytes, no leftovers. Not covered: other machines."""
+    digests = set()
+    for cache, builders in (("one", 2), ("two", 1)):
+        monkeypatch.setenv("RLHF_CACHE", str(tmp_path / cache))
+        with ThreadPoolExecutor(builders) as pool:
+            folders = list(pool.map(resolve, ["tiny"] * builders))
+        assert [path.name for path in (tmp_path / cache).iterdir()] == [folders[0].name]
+        digests |= {hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in folders}
+    assert len(digests) == 1
+
+
+def test_tied_and_untied_differ_in_the_output_head_only() -> None:
+    """By the names in the weight files."""
+    from safetensors import safe_open
+
+    names = {}
+    for name in ("tiny", "tiny-untied"):
+        with safe_open(resolve(name) / "model.safetensors", "pt") as file:
+            names[name] = set(file.keys())
+    assert names["tiny-untied"] - names["tiny"] == {"lm_head.weight"}
+    assert names["tiny"] < names["tiny-untied"]
+
+
+def test_tiny_tokenizer_pads_with_eos_and_round_trips() -> None:
+    """pad = eos != bos, one BOS in a templated prompt, EOS inside it, text comes back."""
+    tokenizer = load_tokenizer("tiny", trust_remote_code=False)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id != tokenizer.bos_token_id
+    messages = [{"role": "user", "content": "the thing, naïve 你"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_stop_ids_are_those_of_all_three_sources(tmp_path: Path) -> None:
+    """Ids of generation config (a list), model config (a number) and tokenizer; trap 16."""
+    tokenizer = load_tokenizer("tiny", trust_remote_code=False)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert stop_ids(tmp_path, tokenizer) == (1, 2, 7, 9)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    """The folder is fine before, and refused by both calls after."""
+    check_model(str(sharded))
+    shard = sorted(sharded.glob("model-*.safetensors"))[-1]
+    shard.unlink()
+    for call in (check_model, resolve):
+        with pytest.raises(BadInput, match=shard.name):
+            call(str(sharded))
+
+
+def test_shard_that_was_cut_short_is_named(sharded: Path) -> None:
+    """Half a file: its header says how long it should be."""
+    shard = sorted(sharded.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=shard.name):
+        check_model(str(sharded))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "config.json"),
+        ({"adapter_config.json": "{}"}, "LoRA adapter"),
+        ({"config.json": "{"}, "not JSON"),
+        ({"config.json": "{}"}, "tokenizer"),
+        ({"config.json": "{}", "tokenizer.json": "{}"}, "no weights"),
+        ({"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": ""}, "not a whole safetensors file"),
+        ({"config.json": "{}", "tokenizer.json": "{}", "model.safetensors.index.json": "{}"}, "weight_map"),
+    ],
+)
+def test_folder_that_is_no_model_is_refused_with_what_it_lacks(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BadInput, match=expected):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "./not/here", "no such name"])
+def test_unknown_name_is_bad_input_that_lists_what_is_possible(name: str) -> None:
+    """Offline: nothing is downloaded. Not covered: the answers of a hub that can be reached."""
+    with pytest.raises(BadInput, match="smollm2"):
+        check_model(name)
+
+
+def test_checking_a_folder_loads_no_torch(sharded: Path) -> None:
+    """Bad input must be found before anything heavy is imported."""
+    check = f"from rlhf.models.resolve import check_model; check_model({str(sharded)!r})"
+    code = f"import sys; {check}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
