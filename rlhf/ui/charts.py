@@ -51,7 +51,7 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
             else:
                 parts.append(f'<polyline class="{line.css}" points="{path}"/>')
     parts.append("</svg>")
-    legend = _legend(series) if len(series) > 1 else ""
+    legend = _legend(series) if len(series) > 1 or series[0].css != "a" else ""
     return f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>{''.join(parts)}</figure>"
 
 

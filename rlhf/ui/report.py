@@ -52,7 +52,8 @@ figcaption{font-weight:600;font-size:13.5px}svg{width:100%;height:auto;display:b
 .tick{fill:var(--soft);font-size:10.5px}polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 polyline.a{stroke:var(--a)}polyline.b{stroke:var(--b)}polyline.c{stroke:var(--c)}circle.a{fill:var(--a)}circle.b{fill:var(--b)}
 circle.c{fill:var(--c)}.key{font-weight:400;font-size:12px;margin-left:10px}.key.a{color:var(--a)}.key.b{color:var(--b)}
-.key.c{color:var(--c)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;background:var(--card); border:1px
+.key.c{color:var(--c)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;table-layout:fixed;
+background:var(--card); border:1px
 solid var(--rule);border-radius:10px}td,th{border-top:1px solid var(--rule);padding:9px 12px;text-align:left;
 vertical-align:top}th{font-size:13px;color:var(--soft);border-top:0}td{white-space:pre-wrap;overflow-wrap:anywhere;min-width:150px}
 .reward{display:block;color:var(--soft);font-size:13px;margin-bottom:3px}details{margin-top:30px}
