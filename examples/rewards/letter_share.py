@@ -4,9 +4,7 @@ import re
 
 LETTER = "e"
 ENOUGH = 16
-SPECIAL = re.compile(
-    r"<\|[^|]*\|>"
-)  # the name of a special token is no text, whatever letters are in it
+SPECIAL = re.compile(r"<\|[^|]*\|>")  # the name of a special token is no text, whatever letters are in it
 
 
 def letter_share(prompts: list[object], completions: list[str], **columns: list[object]) -> list[float]:
