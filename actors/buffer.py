@@ -48,7 +48,7 @@ class RemoteBuffer:
         return self._ask(self._actor.ready.remote(oldest_version), "counting complete groups")
 
     def take(self, step: int, count: int) -> Handle:
-        groups = self._actor.take.remote(step, count)
+        groups: Handle = self._actor.take.remote(step, count)
         self._ask(self._actor.assigned.remote(step), f"taking the groups of step {step}")
         return groups
 

@@ -1,5 +1,6 @@
 """Ray itself and the resources of the roles: start or join it, and wait, with a deadline, until everything fits."""
 
+import logging
 import math
 import os
 import time
@@ -52,7 +53,7 @@ def start(cluster: Cluster, roles: Mapping[str, Role]) -> bool:
     if ray.is_initialized():
         return False
     if cluster.address != "local":
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         return False
     demand = demand_of(roles)
     ray.init(
@@ -61,7 +62,7 @@ def start(cluster: Cluster, roles: Mapping[str, Role]) -> bool:
         object_store_memory=int(cluster.object_store_gib * GIB),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
     return True
 

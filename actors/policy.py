@@ -8,7 +8,6 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from rlhf.learner.learner import PolicyLearner
 
 from actors import waiting
 from rlhf import metrics
@@ -16,6 +15,7 @@ from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
 from rlhf.experience import Columns, Group, TrainBatch, fill_in
 from rlhf.interfaces import Handle, Published
+from rlhf.learner.learner import PolicyLearner
 from rlhf.metrics import Metrics
 from rlhf.weights import Weights
 
@@ -84,7 +84,7 @@ class RemoteLearner:
 
     def begin_setup(self) -> list[ray.ObjectRef]:
         """Starts the set-up of all ranks, which wait for each other; the caller waits for the references."""
-        meeting_point = self._ranks[0].meeting_point.remote()
+        meeting_point: ray.ObjectRef[str] = self._ranks[0].meeting_point.remote()
         return [rank.setup.remote(meeting_point) for rank in self._ranks]
 
     def annotate(self, groups: Handle) -> Handle:
@@ -103,7 +103,7 @@ class RemoteLearner:
         return metrics.merge(measured for _, measured in answers)
 
     def publish(self) -> Published:
-        refs = [rank.publish.options(num_returns=2).remote() for rank in self._ranks]
+        refs: list[list[ray.ObjectRef[Any]]] = [rank.publish.options(num_returns=2).remote() for rank in self._ranks]
         published, *_ = self._wait([summary for summary, _ in refs], f"publishing version {self._version}")
         return Published(published.version, published.fingerprint, published.size_bytes, refs[0][1])
 

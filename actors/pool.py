@@ -39,7 +39,7 @@ class ActorWorkers:
 
     def submit(self, task: Task) -> None:
         worker = min(range(len(self._actors)), key=lambda w: (self._load_of(w), w))
-        stream = self._actors[worker].work.options(num_returns="streaming").remote(task.payload)
+        stream: ray.ObjectRefGenerator = self._actors[worker].work.options(num_returns="streaming").remote(task.payload)
         self._errands.append(_Errand(task, worker, stream, set(task.prompt_ids)))
 
     def collect(self, timeout_s: float) -> list[Result]:

@@ -6,8 +6,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from rlhf.judges.reference import ReferenceJudge
-from rlhf.judges.reward_function import RewardFunctionJudge
 
 from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
@@ -18,6 +16,8 @@ from actors.rollout import RolloutActor
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Role
 from rlhf.experience import REF_LOGPROBS, REWARD
+from rlhf.judges.reference import ReferenceJudge
+from rlhf.judges.reward_function import RewardFunctionJudge
 from rlhf.loop import Team
 from rlhf.sources import JudgeDesk, PolicySource
 from rlhf.team import MAX_ATTEMPTS, Order, assemble, pins
@@ -59,7 +59,7 @@ class _Crew:
 
     def dismiss(self) -> None:
         """Lets actors end what they started, then ends them. An actor that does not answer is killed all the same."""
-        closing = [actor.close.remote() for actor in self._closable]
+        closing: list[ray.ObjectRef[None]] = [actor.close.remote() for actor in self._closable]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:

@@ -66,7 +66,7 @@ def write(run_dir: Path, updates: int, info: Mapping[str, Any], save: Callable[[
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[Rejected]]:
     """The newest valid checkpoint, checked byte by byte, and the newer folders that were refused, with reasons."""
-    rejected = []
+    rejected: list[Rejected] = []
     for folder in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
         found = problems(folder)
         if not found:

@@ -12,7 +12,8 @@ class BadInput(Exception):
 
 
 class NoCapacity(Exception):
-    """The cluster cannot hold the run within the deadline (exit code 3): what was asked, what there is, what is missing."""
+    """The cluster cannot hold the run within the deadline (exit code 3): what was asked, what there is, what is
+    missing."""
 
 
 class RunFailed(Exception):

@@ -43,6 +43,7 @@ class LocalLearner:
 
     def publish(self) -> Published:
         weights = self._rank.publish()
+        assert weights is not None  # rank 0 publishes
         return Published(weights.version, weights.fingerprint, weights.size_bytes, weights)
 
     def save(self, folder: Path) -> None:
@@ -68,6 +69,7 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
             buffer.pin(name, value)
         rank = PolicyLearner(config, blueprint.algorithm, 0, 1, None)
         rank.setup()
+        closing.callback(rank.close)  # after the generator, which may end the process group that they share
         generator = build_generator(config, "rollout-0")
         closing.callback(generator.close)
         generator.setup()

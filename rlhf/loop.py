@@ -55,7 +55,9 @@ def train(team: Team, loop: LoopConfig, chronicle: Chronicle, stop: Callable[[],
             published = learner.publish()
             buffer.commit(step, groups, published.version, published.fingerprint, metrics.values(measured))
             received = source.sync(published)
-        chronicle.step_done(step, metrics.merge([measured, received, clock.read(measured)]))
+        chronicle.step_done(
+            step, metrics.merge([measured, received, clock.read(), throughput(measured, received, clock)])
+        )
         chronicle.checkpoint_if_due(learner.version)
         chronicle.evaluate_if_due(learner.version)
     return learner.version
@@ -74,11 +76,26 @@ class Stopwatch:
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - before
 
-    def read(self, measured: Metrics) -> Metrics:
-        """time/*_s of each phase and of the whole step, and how many tokens were trained a second of the update."""
+    def seconds(self, phase: str) -> float:
+        return self._seconds.get(phase, 0.0)
+
+    def read(self) -> Metrics:
+        """time/*_s of each phase and of the whole step."""
         readings = {f"time/{phase}_s": metrics.last(seconds) for phase, seconds in self._seconds.items()}
         readings["time/step_s"] = metrics.last(time.monotonic() - self._started)
-        trained = measured.get("tokens/trained")
-        if trained is not None and self._seconds.get("update"):
-            readings["tokens/trained_per_s"] = metrics.last(trained.total / self._seconds["update"])
         return readings
+
+
+def throughput(measured: Metrics, received: Metrics, clock: Stopwatch) -> Metrics:
+    """Tokens trained a second of update, and sampled tokens of the step's groups a second that engines spent sampling.
+
+    With `max_staleness` above 0 an engine works for later steps too, so the second is right on average only.
+    """
+    rates = {}
+    trained, lengths = measured.get("tokens/trained"), measured.get("completion/length_mean")
+    sampling_s = received["time/generate_s"].total if "time/generate_s" in received else 0.0
+    if trained is not None and clock.seconds("update"):
+        rates["tokens/trained_per_s"] = metrics.last(trained.total / clock.seconds("update"))
+    if lengths is not None and sampling_s:
+        rates["tokens/generated_per_s"] = metrics.last(lengths.total / sampling_s)
+    return rates

@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from rlhf import metrics
@@ -158,7 +159,7 @@ class PolicySource:
             chunk = tuple(prompts[start : start + size])
             request = Request(chunk, sampling, 1, "evaluate")
             self._hand_out(
-                self._rollouts, tuple(p.id for p in chunk), request, lambda r: self._examine(exam, r), "evaluate"
+                self._rollouts, tuple(p.id for p in chunk), request, partial(self._examine, exam), "evaluate"
             )
         self._last_progress = time.monotonic()
         while len(exam.groups) < len(prompts) or exam.outstanding:
@@ -215,7 +216,7 @@ class PolicySource:
                     desk.workers,
                     (prompt_id,),
                     result.value,
-                    lambda r, desk=desk: self._grade(exam, desk, r),
+                    partial(self._grade, exam, desk),
                     "evaluate",
                 )
 

@@ -96,14 +96,17 @@ def test_rloo_on_ray_with_vllm_and_deepspeed_learns_and_loses_nothing(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_in_process_and_on_ray_end_with_the_same_parameters(workplace: Path, engine: str) -> None:
-    """Bitwise, with the transformers engine in float32 and one thread count. The runs have another number of processes."""
+    """Bitwise, with the transformers engine in float32 and one thread count. The runs have another number of
+    processes."""
     cluster = workplace / "cluster.yaml"
     cluster.write_text("threads_per_role: 1\n")
     settings = [f"learner.engine={engine}", "--cluster", str(cluster)]
     done(rlhf(workplace, "run", "plain.yaml", *settings, "--run-dir", "ray"))
     done(rlhf(workplace, "run", "plain.yaml", *settings, "--run-dir", "local", "--in-process"))
     assert_bitwise_equal(policy(workplace / "ray", 4), policy(workplace / "local", 4))
-    assert [row["reward/mean"] for row in rows(workplace / "ray")] == [r["reward/mean"] for r in rows(workplace / "local")]
+    assert [row["reward/mean"] for row in rows(workplace / "ray")] == [
+        r["reward/mean"] for r in rows(workplace / "local")
+    ]
 
 
 @pytest.mark.ray

@@ -100,28 +100,29 @@ class Record:
         self._saved_at = updates
 
 
-def run(config: RunConfig, cluster: Cluster, run_dir: Path, *, in_process: bool, observer: Observer) -> Outcome:
+def run(
+    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: PromptSet, *, in_process: bool, observer: Observer
+) -> Outcome:
     """Trains to the end, or until it is asked to stop; the run directory then holds everything to go on.
 
     Raises what the parts raise (rlhf.errors); the observer has been told by then.
     """
     stop = StopRequest()
-    with stop.listening():
-        blueprint = draw(config)
-        start = _where_to_start(run_dir, observer)
-        first = start.updates if start else 0
-        prompts = PromptSet.load(config)
-        order = Order(blueprint, cluster, run_dir, prompts, start.folder if start else None, first, stop, observer.note)
-        with _team(order, in_process) as (team, source):
-            observer.started(config, first, config.loop.num_steps)
-            record = Record(config, run_dir, team, source, prompts, observer)
-            try:
-                updates = train(team, config.loop, record, stop)
-            except Interrupted:
-                updates = team.learner.version
-            if updates < config.loop.num_steps:
-                record.save(updates)
-                return "interrupted"
+    start = _where_to_start(run_dir, observer)
+    first = start.updates if start else 0
+    folder = start.folder if start else None
+    order = Order(draw(config), cluster, run_dir.absolute(), prompts, folder, first, stop, observer.note)
+    # Ray puts its own handlers in place when it starts, so ours go on top of them.
+    with _team(order, in_process) as (team, source), stop.listening():
+        observer.started(config, first, config.loop.num_steps)
+        record = Record(config, run_dir, team, source, prompts, observer)
+        try:
+            updates = train(team, config.loop, record, stop)
+        except Interrupted:
+            updates = team.learner.version
+        if updates < config.loop.num_steps:
+            record.save(updates)
+            return "interrupted"
     return "done"
 
 

@@ -14,6 +14,7 @@ from rlhf.cli.run_directory import check_directory, settle
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
+from rlhf.data.prompts import PromptSet
 from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer
 from rlhf.ui.report import write_report
 
@@ -42,17 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
     console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
     observer.note(prompts.describe())
-    outcome = _train(config, cluster, run_dir, arguments.in_process, observer)
+    outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
     return DONE if outcome == "done" else INTERRUPTED
 
 
-def _train(config: RunConfig, cluster: Cluster, run_dir: Path, in_process: bool, observer: Observer) -> Outcome:
+def _train(
+    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: PromptSet, in_process: bool, observer: Observer
+) -> Outcome:
     """The run, and then its report, whatever became of it; errors rise."""
     from rlhf.cli import launch
 
     outcome: Outcome = "failed"
     try:
-        outcome = launch.run(config, cluster, run_dir, in_process=in_process, observer=observer)
+        outcome = launch.run(config, cluster, run_dir, prompts, in_process=in_process, observer=observer)
     finally:
         report = write_report(run_dir)
         continuing = "; the same command goes on with it" if outcome == "interrupted" else ""

@@ -6,6 +6,7 @@ minibatches and the seeded start of adapters, so there is no generator to save.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
 from rlhf.learner.collate import collate
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
-from rlhf.learner.mismatch import mismatch
+from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
 from rlhf.learner.reach import GradientReach
 from rlhf.learner.schedule import learning_rate
@@ -86,7 +87,7 @@ class PolicyLearner:
     def prepare(self, groups: Sequence[Group]) -> TrainBatch:
         """The algorithm's credit assignment; what it carries to the next step takes effect with the next `update`."""
         batch, self._next_state = self._algorithm.prepare(groups, self._state)
-        return batch
+        return replace(batch, metrics={**batch.metrics, **staleness(groups, self._version)})
 
     def update(self, batch: TrainBatch) -> Metrics:
         """Epochs x minibatches; every optimizer step divides its summed loss once, by a count over all ranks.

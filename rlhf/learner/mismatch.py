@@ -1,9 +1,12 @@
-"""How far the learner's log-probabilities are from those that the rollout engine recorded, at the same weights."""
+"""How far what is trained is from what the learner would sample: in log-probabilities, and in versions."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf.metrics import Metrics, largest, mean
+from rlhf.experience import Group
+from rlhf.metrics import Metrics, largest, mean, mean_of
 
 
 def mismatch(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor) -> Metrics:
@@ -22,3 +25,15 @@ def mismatch(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor) -> Metri
         "mismatch/logprob_abs_max": largest(float(difference.abs().max())),
         "mismatch/kl": mean(float((torch.expm1(difference) - difference).sum()), count),
     }
+
+
+def staleness(groups: Sequence[Group], version: int) -> Metrics:
+    """Age of the samples that a policy drew: learner's version minus the oldest version among a sample's tokens.
+
+    Nothing for data that no policy of this run sampled: it never ages.
+    """
+    sampled = [sample.policy_version for group in groups for sample in group.samples]
+    ages = [version - sampled_at for sampled_at in sampled if sampled_at is not None]
+    if not ages:
+        return {}
+    return {"staleness/mean": mean_of(ages), "staleness/max": largest(max(ages))}
