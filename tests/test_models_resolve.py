@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config import ModelConfig
 from rlhf.errors import BadInput
-from rlhf.models.load import load_tokenizer, stop_ids
+from rlhf.models.load import load_model, load_tokenizer, stop_ids
 from rlhf.models.resolve import check_model, resolve
 
 
@@ -123,3 +124,27 @@ def test_checking_a_folder_loads_no_torch(sharded: Path) -> None:
     check = f"from rlhf.models.resolve import check_model; check_model({str(sharded)!r})"
     code = f"import sys; {check}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_missing_tensor_is_named_instead_of_drawn_at_random(tmp_path: Path) -> None:
+    """transformers warns and fills it with random numbers; here the load is refused."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(ModelConfig(name=str(folder)), "float32")
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    """By its config, before its weights are read."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    load_tokenizer("tiny", trust_remote_code=False).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="encoder-decoder"):
+        load_model(ModelConfig(name=str(tmp_path)), "float32")

@@ -97,6 +97,8 @@ class PolicyLearner:
         settings = self._config.learner
         units = units_of(batch.rows)
         parts = [self._measured, batch.metrics if self._rank == 0 else {}]
+        if not units and self._rank == 0:
+            parts.append({"faults/empty_minibatch": metrics.total(1)})
         for epoch in range(settings.epochs):
             chosen = minibatches(len(units), settings.minibatches, self._config.seed, self._version, epoch)
             for number, members in enumerate(chosen):

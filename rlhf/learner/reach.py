@@ -28,7 +28,7 @@ class GradientReach:
         ]
 
     def check(self, grad_norm: float) -> None:
-        """Call after each update, on every rank. Raises RunFailed with the names of tensors that no gradient reached."""
+        """Call after each step, on every rank. Raises RunFailed with the names of tensors that no gradient reached."""
         if self._left == 0 or grad_norm == 0:
             return
         self._left -= 1

@@ -35,8 +35,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
 def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0.
 
-    Raises BadInput for an encoder-decoder, an attention implementation that the model does not have, or tensors that
-    the folder lacks (transformers would fill them with random numbers).
+    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an attention
+    implementation that the model does not have, or tensors that the folder lacks (transformers would fill them with
+    random numbers).
     """
     folder = resolve(config.name)
     settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
@@ -50,7 +51,7 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.train(False)
-    return model
+    return model.to("cuda") if config.attention == "flash_attention_2" else model  # type: ignore[arg-type]
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftModel:

@@ -102,7 +102,7 @@ class PolicyModel(nn.Module):
     @torch.no_grad()
     def check_packing(self) -> None:
         """Raises BadInput unless packed sequences cannot see each other: the probe behind other tokens, and alone."""
-        alone = probe_inputs(self.base.config.vocab_size)
+        alone = probe_inputs(self.base.config.vocab_size).to(self.base.device)
         length = alone.input_ids.shape[1]
         packed = alone._replace(
             input_ids=torch.cat([alone.input_ids.flip(1), alone.input_ids], dim=1),
@@ -114,7 +114,8 @@ class PolicyModel(nn.Module):
         if not difference <= _HEAD_TOLERANCE[self.base.dtype]:
             raise BadInput(
                 f"learner.packing: packed rows see each other in {type(self.base).__name__} with model.attention="
-                f"{self.base.config._attn_implementation}: log-probs differ by {difference:.3g}. Use learner.packing=false"
+                f"{self.base.config._attn_implementation}: log-probs differ by {difference:.3g}. "
+                "Use learner.packing=false"
             )
 
     @torch.no_grad()
@@ -124,7 +125,7 @@ class PolicyModel(nn.Module):
         takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
         if not isinstance(self._head, nn.Module) or trunk is self.base or not takes_positions:
             raise BadInput(f"model.name: {name} has no output head on a trunk that takes position_ids; expected both")
-        inputs = probe_inputs(self.base.config.vocab_size)
+        inputs = probe_inputs(self.base.config.vocab_size).to(self.base.device)
         mine, _ = self(*inputs)
         logits = self.model(input_ids=inputs.input_ids, use_cache=False).logits[0, :-1].float()
         theirs = torch.log_softmax(logits, dim=-1).gather(1, inputs.targets[:, None])[:, 0]
