@@ -35,9 +35,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
 def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0.
 
-    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an attention
-    implementation that the model does not have, or tensors that the folder lacks (transformers would fill them with
-    random numbers).
+    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an
+    attention implementation that the model does not have, or tensors that the folder lacks (transformers would fill
+    them with random numbers).
     """
     folder = resolve(config.name)
     settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
