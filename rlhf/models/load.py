@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Dtype, LoraConfig, ModelConfig
 from rlhf.errors import BadInput
@@ -39,6 +40,7 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     attention implementation that the model does not have, or tensors that the folder lacks (transformers would fill
     them with random numbers).
     """
+    transformers_logging.disable_progress_bar()  # it would tear the run's own display, and a load takes seconds
     folder = resolve(config.name)
     settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
     if settings.is_encoder_decoder:
