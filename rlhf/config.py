@@ -7,20 +7,24 @@ Documented in docs/configuration.md, which a test holds together with the code.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
+from pydantic import Discriminator, Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """A part of the run file: unknown keys are errors, values never change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+from rlhf.config_online import Aggregation as Aggregation
+from rlhf.config_online import GrpoConfig as GrpoConfig
+from rlhf.config_online import KlConfig as KlConfig
+from rlhf.config_online import OnlineConfig as OnlineConfig
+from rlhf.config_online import RaftConfig as RaftConfig
+from rlhf.config_online import ReinforceConfig as ReinforceConfig
+from rlhf.config_online import ReinforcePlusPlusBaselineConfig as ReinforcePlusPlusBaselineConfig
+from rlhf.config_online import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
+from rlhf.config_online import RlooConfig as RlooConfig
+from rlhf.config_section import Dtype as Dtype
+from rlhf.config_section import Fraction as Fraction
+from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
+from rlhf.config_section import NonNegativeInt as NonNegativeInt
+from rlhf.config_section import PositiveFloat as PositiveFloat
+from rlhf.config_section import PositiveInt as PositiveInt
+from rlhf.config_section import Section as Section
 
 
 class LoraConfig(Section):
@@ -47,55 +51,10 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(default=False, description="run model code that comes with a hub model")
 
 
-class KlConfig(Section):
-    """The price of leaving the reference model."""
-
-    coef: NonNegativeFloat = Field(default=0.05, description="beta, the price of one nat; 0 needs no reference model")
-    place: Literal["reward", "loss"] = Field(
-        default="reward",
-        description="`reward`: minus beta times the sequence's k1, before the baseline; `loss`: an added loss",
-    )
-    loss_estimator: Literal["k2", "k3"] = Field(
-        default="k2",
-        description="with place `loss`: k2 has the gradient of the reverse KL, k3 (GRPO's) that of the forward KL",
-    )
-
-
-class RlooConfig(Section):
-    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
-
-    name: Literal["rloo"] = Field(description="which algorithm")
-    samples_per_prompt: PositiveInt = Field(default=4, description="completions sampled for each prompt; at least 2")
-    kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
-    )
-
-    @model_validator(mode="after")
-    def _needs_others(self) -> Self:
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                "samples_per_prompt must be at least 2: RLOO's baseline is the mean of a prompt's other samples"
-            )
-        return self
-
-
-class ReinforceConfig(Section):
-    """REINFORCE, the whole completion as one action (arXiv 2402.14740, section 2)."""
-
-    name: Literal["reinforce"] = Field(description="which algorithm")
-    samples_per_prompt: PositiveInt = Field(default=1, description="completions sampled for each prompt")
-    baseline: Literal["none", "moving_average"] = Field(
-        default="moving_average",
-        description="what is subtracted from the reward: nothing, or the mean of all earlier batches",
-    )
-    kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
-    )
-
-
-AlgorithmConfig = Annotated[RlooConfig | ReinforceConfig, Discriminator("name")]
+AlgorithmConfig = Annotated[
+    RlooConfig | ReinforceConfig | GrpoConfig | ReinforcePlusPlusConfig | ReinforcePlusPlusBaselineConfig | RaftConfig,
+    Discriminator("name"),
+]
 
 
 class DataConfig(Section):

@@ -44,7 +44,7 @@ def all_keys(kind: type[BaseModel]) -> list[Key]:
         known = found.get(key.name)
         if known is None:
             found[key.name] = key
-        elif key.default != known.default:
+        elif key.default not in known.default.split(" / "):
             found[key.name] = Key(
                 key.name, known.type, f"{known.default} / {key.default}", known.meaning, known.is_section
             )

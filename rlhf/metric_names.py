@@ -20,7 +20,8 @@ METRICS: dict[str, Meaning] = {
     "reward/std": Meaning(
         "reward", "last", "standard deviation of the same rewards over the whole step, population form"
     ),
-    "reward/baseline": Meaning("reward", "last", "REINFORCE: the moving average that was subtracted in this step"),
+    "reward/baseline": Meaning("reward", "last", "REINFORCE: the mean that was subtracted in this step"),
+    "reward/selected_mean": Meaning("reward", "mean", "RAFT: what the judge gave the samples that are learnt"),
     "kl/k1": Meaning(
         "nats a completion",
         "mean",
@@ -36,12 +37,36 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/nll": Meaning(
+        "nats", "mean", "RAFT: negative log-likelihood of the learnt completions, divided as the gradient is"
+    ),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "clip/fraction": Meaning(
         "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"
     ),
+    "clip/above_fraction": Meaning(
+        "share of tokens",
+        "mean",
+        "tokens with positive credit and a ratio over 1 + algorithm.clip.high: no gradient",
+    ),
+    "clip/below_fraction": Meaning(
+        "share of tokens",
+        "mean",
+        "tokens with negative credit and a ratio under 1 - algorithm.clip.low: no gradient",
+    ),
+    "clip/dual_fraction": Meaning(
+        "share of tokens", "mean", "tokens with negative credit and a ratio over algorithm.clip.dual: no gradient"
+    ),
+    "clip/log_ratio_held_fraction": Meaning(
+        "share of tokens", "mean", "tokens whose log-ratio was cut at 20 nats before its exponential: no gradient"
+    ),
     "advantage/abs_mean": Meaning("reward", "mean", "mean size of the advantages; 0 means that nothing is learnt"),
+    "advantage/raw_mean": Meaning("reward", "last", "REINFORCE++: mean over tokens of what is whitened"),
+    "advantage/raw_std": Meaning("reward", "last", "REINFORCE++: standard deviation of the same, population form"),
     "group/zero_advantage_fraction": Meaning("share of groups", "mean", "groups whose samples all have advantage 0"),
+    "groups/equal_dropped": Meaning(
+        "groups", "sum", "groups left out of the step because all their scores are equal (algorithm.drop_equal_groups)"
+    ),
     "groups/dropped": Meaning("groups", "sum", "groups left out of the step for want of enough scored samples"),
     "entropy": Meaning("nats a token", "mean", "entropy of the policy's next-token distribution at the sampled tokens"),
     "completion/length_mean": Meaning("tokens", "mean", "trained tokens of a completion, its end-of-sequence included"),

@@ -166,3 +166,33 @@ def sampled_groups() -> Callable[..., list[Group]]:
         return groups
 
     return build
+
+
+@pytest.fixture
+def divided_loss() -> Callable[..., tuple[Any, dict[str, float]]]:
+    """What the learner makes of a train batch when the model says these log-probabilities: its loss and its metrics."""
+    import torch
+
+    from rlhf.learner.collate import collate
+    from rlhf.learner.plan import count_of, plan, units_of
+    from rlhf.ops.microbatch import Outputs
+
+    def build(algorithm: Any, batch: Any, logprobs: Sequence[Any], budget: int, ranks: int) -> tuple[Any, dict[str, Any]]:
+        """logprobs, one (T,) tensor a row, row i being unit i; budget, padded tokens in a micro-batch."""
+        units = units_of(batch.rows)
+        count = count_of(units, batch.normalizer)
+        loss, means = torch.zeros(()), {}
+        for micro in (micro for rank in plan(units, ranks, budget, packed=False) for micro in rank):
+            made = collate(micro, sorted(batch.rows[0].tokens), packed=False).batch
+            said = torch.zeros(made.mask.shape)
+            for i, row in enumerate(row for unit in micro for row in unit.rows):
+                padding = torch.zeros(said.shape[1] - len(logprobs[row.unit]))
+                said = said.index_put((torch.tensor([i]),), torch.cat([logprobs[row.unit], padding])[None])
+            sums = algorithm.loss(Outputs(said, torch.zeros_like(said)), made)
+            loss = loss + sums.loss / count
+            for name, (total, weight) in sums.means.items():
+                before = means.get(name, (0.0, 0.0))
+                means[name] = (before[0] + float(total), before[1] + float(weight))
+        return loss, {name: total / weight for name, (total, weight) in means.items() if weight}
+
+    return build

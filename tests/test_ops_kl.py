@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf.ops.kl import adaptive_coefficient, k1, k2, k3
-from rlhf.ops.losses import k2_loss, k3_loss, policy_gradient
+from rlhf.ops.losses import k2_loss, k2_token_loss, k3_loss, policy_gradient
 
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -37,10 +37,11 @@ def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl():
     assert logits.grad.tolist() == pytest.approx(REVERSE, abs=1e-6)
 
 
-def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl():
-    """Expectation over all tokens: the weights are the probabilities."""
+@pytest.mark.parametrize("loss", [k2_loss, k2_token_loss])
+def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl(loss):
+    """Expectation over all tokens: the weights are the probabilities. For one token the two forms are the same."""
     logits, logprobs, reference, mask = logits_and_rows()
-    k2_loss(logprobs, reference, mask, POLICY.unsqueeze(1)).backward()
+    loss(logprobs, reference, mask, POLICY.unsqueeze(1)).backward()
     assert logits.grad.tolist() == pytest.approx(REVERSE, abs=1e-6)
 
 
@@ -94,7 +95,7 @@ def test_sequence_k2_is_the_gradient_of_the_sequence_kl_where_token_k2_is_not():
     assert torch.allclose(logits.grad, expected, atol=1e-12)
 
     logits, logprobs, reference, expected = two_token_sequences()
-    (weights * k2(logprobs - reference)).sum().backward()
+    k2_token_loss(logprobs, reference, mask, weights).backward()
     assert (logits.grad[0] - expected[0]).abs().max() > 0.01
 
 

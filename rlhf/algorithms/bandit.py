@@ -1,20 +1,21 @@
-"""What RLOO and REINFORCE share: the whole completion is one action, paid once, and the loss is the policy gradient.
+"""What the online algorithms without a critic share: how scores become rewards, rows, metrics; RLOO's loss.
 
     R = r - beta sum_t m_t d_t                       the KL price is part of the reward, before any baseline
     loss = -sum_i A_i sum_t m_t w_t l_t              arXiv 2402.14740, Eqs 3 and 6; w is the importance weight
 
-The two differ in the baseline only, which is in their own files. d_t = l_t - l^ref_t is policy minus reference.
+In RLOO and REINFORCE the whole completion is one action, paid once; they differ in the baseline only, which is in their
+own files. GRPO and REINFORCE++ have the loss of `clipped`. d_t = l_t - l^ref_t is policy minus reference.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.config import KlConfig
+from rlhf.config import KlConfig, OnlineConfig
 from rlhf.experience import (
     ADVANTAGES,
     BEHAVIOR_LOGPROBS,
@@ -30,7 +31,7 @@ from rlhf.experience import (
 )
 from rlhf.metrics import Metric, Metrics, last, mean, mean_of, total
 from rlhf.ops.kl import k1, k3
-from rlhf.ops.losses import k2_loss, k3_loss, policy_gradient, truncated_ratio
+from rlhf.ops.losses import k2_loss, k2_token_loss, k3_loss, policy_gradient, truncated_ratio
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
 
 # Log-ratios beyond this many nats a token enter k3 as this many: e^20 is 5e8, and one such token would be the whole
@@ -39,13 +40,22 @@ K3_CLAMP = 20.0
 
 
 class Episode(NamedTuple):
-    """A sample that could be scored: the prompt's id and tokens, the judge's score r, and the shaped reward R."""
+    """A sample that could be scored: the prompt's id and tokens, what the judge gave, and what that became.
+
+    score, the judge's r as it is; paid, r within reward_clip and after the rule for a missing end; reward, R: paid
+    minus the KL price where that is part of the reward.
+    """
 
     prompt_id: int
     prompt_ids: Ids
     sample: Sample
     score: float
+    paid: float
     reward: float
+
+    @property
+    def where(self) -> str:
+        return f"prompt {self.prompt_id}, sample {self.sample.index}"
 
 
 def needed_columns(kl: KlConfig) -> frozenset[str]:
@@ -53,12 +63,13 @@ def needed_columns(kl: KlConfig) -> frozenset[str]:
     return frozenset({REWARD, REF_LOGPROBS}) if kl.coef > 0 else frozenset({REWARD})
 
 
-def score(groups: Sequence[Group], kl: KlConfig) -> list[Episode]:
+def score(groups: Sequence[Group], config: OnlineConfig) -> list[Episode]:
     """The scorable samples in the order of (prompt id, sample index), with R = r - beta sum_t m_t d_t.
 
     A sample whose reward is None leaves its group: it is not a sample of reward 0. With the KL as a loss R is r. Raises
     ValueError when a column is missing or a sample was not drawn by a policy of this run.
     """
+    beta = config.kl.coef if config.kl.place == "reward" else 0.0
     episodes = []
     for group in sorted(groups, key=lambda group: group.prompt.id):
         for sample in group.samples:
@@ -68,43 +79,70 @@ def score(groups: Sequence[Group], kl: KlConfig) -> list[Episode]:
             score = sample.scores[REWARD]
             if score is None:
                 continue
-            price = kl.coef * float(k1(log_ratio(where, sample)).sum()) if kl.coef and kl.place == "reward" else 0.0
-            episodes.append(Episode(group.prompt.id, group.prompt.token_ids, sample, score, score - price))
+            paid = _paid(score, sample, config)
+            price = beta * float(k1(log_ratio(where, sample)).sum()) if beta else 0.0
+            episodes.append(Episode(group.prompt.id, group.prompt.token_ids, sample, score, paid, paid - price))
     return episodes
 
 
-def train_batch(groups: Sequence[Group], episodes: Sequence[Episode], advantages: Tensor, kl: KlConfig) -> TrainBatch:
-    """One row an episode, its advantage on every token; the learner divides by the number of rows (Eq 6's 1/n).
+def varied(episodes: Sequence[Episode], *, drop_equal_groups: bool) -> list[Episode]:
+    """The episodes without those of groups whose scorable samples all have one score, where the run file says so.
 
-    advantages (N,) for N episodes. Empty and fully masked completions stay rows: they count in n and have no gradient.
+    The judge's own score decides: an all-wrong group stays one when its samples differ in length or KL only.
+    """
+    scores: dict[int, set[float]] = {}
+    for episode in episodes:
+        scores.setdefault(episode.prompt_id, set()).add(episode.score)
+    return [episode for episode in episodes if not drop_equal_groups or len(scores[episode.prompt_id]) > 1]
+
+
+def train_batch(
+    groups: Sequence[Group], scored: Sequence[Episode], kept: Sequence[Episode], advantages: Tensor, kl: KlConfig
+) -> TrainBatch:
+    """One row a kept episode, its advantage on every token; the learner divides by the number of rows (Eq 6's 1/n).
+
+    advantages (N,) for N kept episodes. Empty and fully masked completions stay rows: they count in n and have no
+    gradient.
+    """
+    columns = [
+        {ADVANTAGES: np.full(len(episode.sample.token_ids), advantage, dtype=np.float32)}
+        for episode, advantage in zip(kept, advantages.tolist(), strict=True)
+    ]
+    sizes = advantages.abs().tolist()
+    measured = {**measure(groups, scored, kept), "advantage/abs_mean": mean_of(sizes)}
+    measured["group/zero_advantage_fraction"] = zero_groups(kept, sizes)
+    return TrainBatch(rows(kept, columns, kl), "rows", measured)
+
+
+def rows(episodes: Sequence[Episode], columns: Sequence[Mapping[str, Floats]], kl: KlConfig) -> tuple[Row, ...]:
+    """One row an episode with these token columns and those of its sampler, learner and (KL as a loss) reference.
+
+    Raises ValueError when a sample was not drawn by a policy of this run.
     """
     # Columns must be the same in all rows: where only some samples have old log-probs, the others' sampler's stand in,
     # which makes their importance weight 1.
     with_old = any(OLD_LOGPROBS in episode.sample.tokens for episode in episodes)
-    rows = []
-    for unit, (episode, advantage) in enumerate(zip(episodes, advantages.tolist(), strict=True)):
-        sample, where = episode.sample, f"prompt {episode.prompt_id}, sample {episode.sample.index}"
+    made = []
+    for unit, (episode, own) in enumerate(zip(episodes, columns, strict=True)):
+        sample = episode.sample
         if sample.sampling is None or sample.behavior_logprobs is None:
-            raise ValueError(f"{where}: not sampled by a policy of this run, so it has no policy gradient")
-        columns = {
-            ADVANTAGES: np.full(len(sample.token_ids), advantage, dtype=np.float32),
-            BEHAVIOR_LOGPROBS: sample.behavior_logprobs,
-        }
+            raise ValueError(f"{episode.where}: not sampled by a policy of this run, so it has no policy gradient")
+        tokens = {**own, BEHAVIOR_LOGPROBS: sample.behavior_logprobs}
         if with_old:
-            columns[OLD_LOGPROBS] = policy_logprobs(where, sample)
+            tokens[OLD_LOGPROBS] = policy_logprobs(episode.where, sample)
         if kl.coef and kl.place == "loss":
-            columns[REF_LOGPROBS] = _token_column(where, sample, REF_LOGPROBS)
-        rows.append(
+            tokens[REF_LOGPROBS] = _token_column(episode.where, sample, REF_LOGPROBS)
+        made.append(
             Row(
                 unit=unit,
                 prompt_ids=episode.prompt_ids,
                 completion_ids=sample.token_ids,
                 loss_mask=sample.loss_mask,
                 temperature=sample.sampling.temperature,
-                tokens=columns,
+                tokens=tokens,
             )
         )
-    return TrainBatch(tuple(rows), "rows", measure(groups, episodes, advantages))
+    return tuple(made)
 
 
 def loss(kl: KlConfig, ratio_cap: float, outputs: Outputs, batch: MicroBatch) -> LossSums:
@@ -117,36 +155,49 @@ def loss(kl: KlConfig, ratio_cap: float, outputs: Outputs, batch: MicroBatch) ->
     the staleness of the sample (and the engine's mismatch) times the drift within the step; where nothing is truncated,
     the importance ratio pi / pi_b of the token.
     """
-    weights, truncated = _importance(outputs.logprobs, batch, ratio_cap)
+    staleness, drift, truncated = importance(outputs.logprobs, batch, ratio_cap)
+    weights = staleness * drift
     policy = policy_gradient(outputs.logprobs, batch.tokens[ADVANTAGES], batch.mask, weights)
-    rows, tokens = batch.weight.sum(), batch.mask.sum()
+    count, tokens = batch.weight.sum(), batch.mask.sum()
     means = {
-        "loss/policy": (policy.detach(), rows),
+        "loss/policy": (policy.detach(), count),
         "clip/fraction": ((truncated & batch.mask).sum(), tokens),
     }
+    price = kl_loss(kl, outputs, batch, weights, count)
+    return LossSums(policy + price.loss, {**means, **price.means})
+
+
+def kl_loss(kl: KlConfig, outputs: Outputs, batch: MicroBatch, weights: Tensor, count: Tensor) -> LossSums:
+    """beta times the KL, summed, where that is a loss; 0 where it is not. weights (B, T); `count` is what the learner
+    divides by."""
     if not kl.coef or kl.place == "reward":
-        return LossSums(policy, means)
-    reference = batch.tokens[REF_LOGPROBS]
+        return LossSums(torch.zeros_like(count, dtype=torch.float32), {})
+    logprobs, reference = outputs.logprobs, batch.tokens[REF_LOGPROBS]
+    means = {}
     if kl.loss_estimator == "k2":
-        divergence = k2_loss(outputs.logprobs, reference, batch.mask, weights)
+        divergence = k2_loss(logprobs, reference, batch.mask, weights)
+    elif kl.loss_estimator == "k2_token":
+        divergence = k2_token_loss(logprobs, reference, batch.mask, weights)
     else:
-        divergence, clamped = k3_loss(outputs.logprobs, reference, batch.mask, weights, K3_CLAMP)
-        means["kl/loss_clamped_fraction"] = (clamped, tokens)
-    means["loss/kl"] = (divergence.detach(), rows)
-    return LossSums(policy + kl.coef * divergence, means)
+        divergence, clamped = k3_loss(logprobs, reference, batch.mask, weights, K3_CLAMP)
+        means["kl/loss_clamped_fraction"] = (clamped, batch.mask.sum())
+    means["loss/kl"] = (divergence.detach(), count)
+    return LossSums(kl.coef * divergence, means)
 
 
-def measure(groups: Sequence[Group], episodes: Sequence[Episode], advantages: Tensor) -> Metrics:
-    """What is worth knowing of a step before it is trained: see docs/algorithms/rloo.md for each name."""
+def measure(groups: Sequence[Group], scored: Sequence[Episode], kept: Sequence[Episode]) -> Metrics:
+    """What is worth knowing of a step's samples before it is trained: see docs/algorithms/rloo.md for each name.
+
+    Over all samples of the step: groups that are left out of the training still count here.
+    """
     samples = [(f"prompt {g.prompt.id}, sample {s.index}", s) for g in groups for s in g.samples]
-    scores = [episode.score for episode in episodes]
+    scores = [episode.score for episode in scored]
     measured: Metrics = {
         "reward/mean": mean_of(scores),
         "completion/length_mean": mean_of(float(sample.loss_mask.sum()) for _, sample in samples),
         "completion/unfinished_fraction": mean_of(float(sample.finish_reason == "length") for _, sample in samples),
-        "advantage/abs_mean": mean_of(advantages.abs().tolist()),
-        "group/zero_advantage_fraction": _zero_groups(episodes, advantages),
-        "faults/unscorable": total(len(samples) - len(episodes)),
+        "groups/equal_dropped": total(len({e.prompt_id for e in scored} - {e.prompt_id for e in kept})),
+        "faults/unscorable": total(len(samples) - len(scored)),
     }
     if scores:
         measured["reward/std"] = last(math.sqrt(float(np.var(np.array(scores, dtype=np.float64)))))
@@ -185,18 +236,31 @@ def _token_column(where: str, sample: Sample, name: str) -> Floats:
     return sample.tokens[name]
 
 
-def _importance(logprobs: Tensor, batch: MicroBatch, cap: float) -> tuple[Tensor, Tensor]:
-    """The weight of each token (B, T) and where it was truncated (B, T) bool."""
+def importance(logprobs: Tensor, batch: MicroBatch, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's weight for the age of its sample, and for the policy's drift within the step, (B, T) both, without
+    gradient; and where one of them was truncated at cap, (B, T) bool."""
     if OLD_LOGPROBS not in batch.tokens:
-        return torch.ones_like(logprobs), torch.zeros_like(batch.mask)
+        fresh = torch.ones_like(logprobs)
+        return fresh, fresh, torch.zeros_like(batch.mask)
     old = batch.tokens[OLD_LOGPROBS]
     staleness, far = truncated_ratio(old, batch.tokens[BEHAVIOR_LOGPROBS], cap)
     drift, drifted = truncated_ratio(logprobs, old, cap)
-    return staleness * drift, far | drifted
+    return staleness, drift, far | drifted
 
 
-def _zero_groups(episodes: Sequence[Episode], advantages: Tensor) -> Metric:
+def zero_groups(episodes: Sequence[Episode], sizes: Sequence[float]) -> Metric:
+    """The share of groups whose episodes all have advantages of size 0."""
     largest: dict[int, float] = {}
-    for episode, size in zip(episodes, advantages.abs().tolist(), strict=True):
+    for episode, size in zip(episodes, sizes, strict=True):
         largest[episode.prompt_id] = max(size, largest.get(episode.prompt_id, 0.0))
     return mean_of(float(size == 0.0) for size in largest.values())
+
+
+def _paid(score: float, sample: Sample, config: OnlineConfig) -> float:
+    """The judge's score within the clip, and after the rule for a completion that was cut at the length limit."""
+    if config.reward_clip is not None:
+        score = min(max(score, -config.reward_clip), config.reward_clip)
+    rule = config.missing_eos
+    if sample.finish_reason != "length":
+        return score
+    return rule.fixed_score if rule.fixed_score is not None else score - (rule.penalty or 0.0)

@@ -32,10 +32,11 @@ def build(config: RlooConfig) -> Algorithm:
 def prepare(config: RlooConfig, groups: Sequence[Group], state: RunState) -> tuple[TrainBatch, RunState]:
     """Credit assignment: each scorable sample against the others of its prompt. Pure; the order of groups is
     irrelevant."""
-    episodes = bandit.score(groups, config.kl)
-    rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)
-    prompts = torch.tensor([episode.prompt_id for episode in episodes], dtype=torch.int64)
-    return bandit.train_batch(groups, episodes, advantages(rewards, prompts), config.kl), state
+    scored = bandit.score(groups, config)
+    kept = bandit.varied(scored, drop_equal_groups=config.drop_equal_groups)
+    rewards = torch.tensor([episode.reward for episode in kept], dtype=torch.float64)
+    prompts = torch.tensor([episode.prompt_id for episode in kept], dtype=torch.int64)
+    return bandit.train_batch(groups, scored, kept, advantages(rewards, prompts), config.kl), state
 
 
 def advantages(rewards: Tensor, prompts: Tensor) -> Tensor:

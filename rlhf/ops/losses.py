@@ -5,11 +5,28 @@ Weights and advantages carry no gradient. A position whose mask is false contrib
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.ops.kl import k3
+from rlhf.ops.kl import k2, k3
+
+# Log-ratios beyond this many nats enter a clipped loss as this many: e^88 is beyond float32.
+LOG_RATIO_LIMIT = 20.0
+
+
+class Clipped(NamedTuple):
+    """A clipped policy loss, and where (B, T) bool it has no gradient.
+
+    above 1 + high, below 1 - low, above dual; held, where the log-ratio itself was cut before its exponential.
+    """
+
+    loss: Tensor
+    above: Tensor
+    below: Tensor
+    dual: Tensor
+    held: Tensor
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
@@ -20,6 +37,37 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights:
     """
     credit = torch.where(mask, advantages * weights, 0).detach()
     return -(credit * torch.where(mask, logprobs, 0)).sum()
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    low: float,
+    high: float,
+    dual: float | None,
+) -> Clipped:
+    """PPO's clipped surrogate, token by token.
+
+        sum_i sum_t m_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)),   rho_t = exp(l_t - l^old_t)
+                                                              arXiv 1707.06347, Eq 7; low != high: arXiv 2503.14476
+        and at most -A_t dual where A_t < 0                   arXiv 1912.09729, Eq 5
+
+    logprobs (B, T) with gradient; the others (B, T) without. Where rho is 1 the gradient is that of `policy_gradient`.
+    Log-ratios are held within [-20, 20], so that the loss stays finite.
+    """
+    difference = torch.where(mask, logprobs - old_logprobs.detach(), 0)
+    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    credit = torch.where(mask, advantages, 0).detach()
+    surrogate = torch.maximum(-credit * ratio, -credit * ratio.clamp(1 - low, 1 + high))
+    above, below = (credit > 0) & (ratio > 1 + high), (credit < 0) & (ratio < 1 - low)
+    over = torch.zeros_like(mask) if dual is None else (credit < 0) & (ratio > dual)
+    if dual is not None:
+        surrogate = torch.where(over, -credit * dual, surrogate)
+    held = difference.abs() > LOG_RATIO_LIMIT
+    return Clipped((torch.where(mask, weights, 0).detach() * surrogate).sum(), above, below, over, held)
 
 
 def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -47,6 +95,16 @@ def k2_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, weights: Tenso
     total = difference.detach().sum(dim=1)
     weighted = (torch.where(mask, weights, 0).detach() * difference).sum(dim=1)
     return (total * (weighted - 0.5 * weighted.detach())).sum()
+
+
+def k2_token_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """The tokens' k2 as a loss: sum_i sum_t m_t w_t d_t^2 / 2, a scalar.       arXiv 2501.03262, Eq 8
+
+    Its gradient is that of the reverse KL of the next token for a fixed prefix, and not that of the sequence's KL
+    (`k2_loss`). Shapes as there.
+    """
+    estimate = k2(torch.where(mask, logprobs - ref_logprobs, 0))
+    return (torch.where(mask, weights, 0).detach() * estimate).sum()
 
 
 def k3_loss(

@@ -1,0 +1,209 @@
+"""Settings of the algorithms that learn from their own samples without a critic: a part of `rlhf.config`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.config_section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+Clip = Annotated[float, Field(gt=0, le=1)]
+
+
+class KlConfig(Section):
+    """The price of leaving the reference model."""
+
+    coef: NonNegativeFloat = Field(default=0.05, description="beta, the price of one nat; 0 needs no reference model")
+    place: Literal["reward", "loss"] = Field(
+        default="reward",
+        description="`reward`: minus beta times k1, before the baseline (REINFORCE++: each token pays for itself and "
+        "what follows); `loss`: an added loss",
+    )
+    loss_estimator: Literal["k2", "k2_token", "k3"] = Field(
+        default="k2",
+        description="with place `loss`: k2 of the sequence has the gradient of its reverse KL; k2_token is the sum of "
+        "the tokens' k2; k3 (GRPO's) has the gradient of the forward KL",
+    )
+
+
+class MissingEosConfig(Section):
+    """What a completion is paid that ran into generation.max_new_tokens without an end-of-sequence token."""
+
+    fixed_score: float | None = Field(
+        default=None, description="its score, whatever the judge said (arXiv 2403.17031: -1); null: off"
+    )
+    penalty: PositiveFloat | None = Field(default=None, description="taken off its score; null: off")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.fixed_score is not None and self.penalty is not None:
+            raise ValueError("fixed_score and penalty are two rules for the same completions: set one of them")
+        return self
+
+
+class OnlineConfig(Section):
+    """What these algorithms share: how a sample's score becomes its reward."""
+
+    name: str = Field(description="which algorithm")
+    samples_per_prompt: PositiveInt = Field(default=1, description="completions sampled for each prompt")
+    kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
+    reward_clip: PositiveFloat | None = Field(
+        default=None, description="scores are held within this of 0, before the KL and the baseline; null: off"
+    )
+    missing_eos: MissingEosConfig = Field(
+        default_factory=MissingEosConfig, description="what a completion without an end is paid"
+    )
+
+
+class GroupedConfig(OnlineConfig):
+    """What those share that compare the samples of one prompt."""
+
+    samples_per_prompt: PositiveInt = Field(
+        default=4, description="completions sampled for each prompt; at least 2 where they are compared"
+    )
+    drop_equal_groups: bool = Field(
+        default=False,
+        description="leave groups out whose scorable samples the judge gave the same score, and count them",
+    )
+
+    @model_validator(mode="after")
+    def _needs_others(self) -> Self:
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt must be at least 2: {self.name} compares each sample with the others of its prompt"
+            )
+        return self
+
+
+class ClipConfig(Section):
+    """How far one step may move the policy (PPO's clipped ratio), and how token losses become one number."""
+
+    low: Clip = Field(default=0.2, description="tokens with negative credit stop below the ratio 1 - low")
+    high: PositiveFloat = Field(default=0.2, description="tokens with positive credit stop above the ratio 1 + high")
+    dual: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="tokens with negative credit stop above this ratio, too; null: off"
+    )
+
+
+class RlooConfig(GroupedConfig):
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
+
+    name: Literal["rloo"] = Field(description="which algorithm")
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+
+
+class ReinforceConfig(OnlineConfig):
+    """REINFORCE, the whole completion as one action (arXiv 2402.14740, section 2)."""
+
+    name: Literal["reinforce"] = Field(description="which algorithm")
+    baseline: Literal["none", "moving_average", "batch_mean"] = Field(
+        default="moving_average",
+        description="what is subtracted from the reward: nothing, the mean of all earlier batches, or of this batch",
+    )
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+
+
+class GrpoKlConfig(KlConfig):
+    """GRPO's price: k3 as a loss."""
+
+    coef: NonNegativeFloat = Field(default=0.04, description="beta, the price of one nat; 0 needs no reference model")
+    place: Literal["reward", "loss"] = Field(default="loss", description=KlConfig.model_fields["place"].description)
+    loss_estimator: Literal["k2", "k2_token", "k3"] = Field(
+        default="k3", description=KlConfig.model_fields["loss_estimator"].description
+    )
+
+
+class GrpoConfig(GroupedConfig):
+    """Group-relative policy optimisation (arXiv 2402.03300); with scale none and aggregation constant, Dr. GRPO."""
+
+    name: Literal["grpo"] = Field(description="which algorithm")
+    samples_per_prompt: PositiveInt = Field(default=8, description="completions sampled for each prompt; at least 2")
+    kl: GrpoKlConfig = Field(default_factory=GrpoKlConfig, description="the price of leaving the reference")
+    scale: Literal["biased_std", "unbiased_std", "none"] = Field(
+        default="biased_std",
+        description="what a reward's distance from its group's mean is divided by: the group's standard deviation "
+        "over n or over n - 1, or nothing (Dr. GRPO)",
+    )
+    std_eps: NonNegativeFloat = Field(default=1e-4, description="added to that standard deviation")
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
+    aggregation: Aggregation = Field(
+        default="sequence_mean",
+        description="a step's loss: the mean over tokens; over completions of their tokens' mean, or sum; or of their "
+        "sum divided by generation.max_new_tokens (`constant`, Dr. GRPO)",
+    )
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+
+
+class PlusPlusKlConfig(KlConfig):
+    """REINFORCE++'s price: k1 of each token in the reward."""
+
+    coef: NonNegativeFloat = Field(default=0.01, description="beta, the price of one nat; 0 needs no reference model")
+
+
+class ReinforcePlusPlusConfig(OnlineConfig):
+    """REINFORCE++: token returns whitened over the whole batch (arXiv 2501.03262)."""
+
+    name: Literal["reinforce_plus_plus"] = Field(description="which algorithm")
+    kl: PlusPlusKlConfig = Field(default_factory=PlusPlusKlConfig, description="the price of leaving the reference")
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
+    aggregation: Aggregation = Field(
+        default="sequence_mean", description=GrpoConfig.model_fields["aggregation"].description
+    )
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+
+
+class PlusPlusBaselineKlConfig(KlConfig):
+    """REINFORCE++-baseline's price: the tokens' k2 as a loss."""
+
+    coef: NonNegativeFloat = Field(default=0.01, description="beta, the price of one nat; 0 needs no reference model")
+    place: Literal["reward", "loss"] = Field(default="loss", description=KlConfig.model_fields["place"].description)
+    loss_estimator: Literal["k2", "k2_token", "k3"] = Field(
+        default="k2_token", description=KlConfig.model_fields["loss_estimator"].description
+    )
+
+
+class ReinforcePlusPlusBaselineConfig(GroupedConfig):
+    """REINFORCE++-baseline: distance from the group's mean, whitened over the whole batch (arXiv 2501.03262)."""
+
+    name: Literal["reinforce_plus_plus_baseline"] = Field(description="which algorithm")
+    kl: PlusPlusBaselineKlConfig = Field(
+        default_factory=PlusPlusBaselineKlConfig, description="the price of leaving the reference"
+    )
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
+    aggregation: Aggregation = Field(
+        default="sequence_mean", description=GrpoConfig.model_fields["aggregation"].description
+    )
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+
+
+class RaftConfig(GroupedConfig):
+    """Reward-ranked fine-tuning: the best of a prompt's samples, then its log-likelihood (arXiv 2304.06767)."""
+
+    name: Literal["raft"] = Field(description="which algorithm")
+    selection: Literal["best", "random"] = Field(
+        default="best",
+        description="which sample of a group is learnt: the one of highest reward, or one chosen without its reward "
+        "(a control for experiments, which must not learn)",
+    )
+    aggregation: Aggregation = Field(
+        default="token_mean", description=GrpoConfig.model_fields["aggregation"].description
+    )
+
+    @model_validator(mode="after")
+    def _kl_ranks(self) -> Self:
+        if self.kl.coef and self.kl.place == "loss":
+            raise ValueError(
+                "kl.place=loss would price the winners only, which is not the KL of the policy: use kl.place=reward, "
+                "where it takes part in the ranking"
+            )
+        return self
