@@ -36,6 +36,7 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/nll": Meaning("nats a token", "mean", "SFT: minus the log-prob of the trained tokens"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "clip/fraction": Meaning(
         "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"

@@ -50,7 +50,7 @@ class JudgeDesk:
 
     name: str
     columns: frozenset[str]
-    scores_answers: bool  # its columns are scores, which evaluation wants too
+    scores_answers: bool  # evaluation wants its columns too
     workers: Workers
 
 

@@ -1,7 +1,7 @@
 """Which algorithm a run file names: the one place that knows them all."""
 
-from rlhf.algorithms import Algorithm, reinforce, rloo
-from rlhf.config import AlgorithmConfig, ReinforceConfig, RlooConfig
+from rlhf.algorithms import Algorithm, reinforce, rloo, sft
+from rlhf.config import AlgorithmConfig, ReinforceConfig, RlooConfig, SftConfig
 
 
 def build(config: AlgorithmConfig) -> Algorithm:
@@ -11,3 +11,5 @@ def build(config: AlgorithmConfig) -> Algorithm:
             return rloo.build(config)
         case ReinforceConfig():
             return reinforce.build(config)
+        case SftConfig():
+            return sft.build(config)

@@ -22,6 +22,11 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights:
     return -(credit * torch.where(mask, logprobs, 0)).sum()
 
 
+def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Maximum likelihood: -sum_i sum_t m_t l_t in nats, a scalar; logprobs (B, T) with gradient, mask (B, T) bool."""
+    return -torch.where(mask, logprobs, 0).sum()
+
+
 def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Truncated importance weight of each token, without gradient: min(exp(l - l_sampled), cap).
 
