@@ -119,11 +119,11 @@ class DataConfig(Section):
 
     path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
     split: str = Field(default="train", description="split of a hub or saved data set")
-    format: Literal[
-        "auto", "prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"
-    ] = Field(
-        default="auto",
-        description="what the rows are; `auto`: told from the columns of the first row and what the algorithm needs",
+    format: Literal["auto", "prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"] = (
+        Field(
+            default="auto",
+            description="what the rows are; `auto`: told from the columns of the first row and what the algorithm needs",
+        )
     )
     prompt_column: str = Field(
         default="prompt", description="column that holds the prompt: a string or a list of messages"

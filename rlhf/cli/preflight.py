@@ -50,7 +50,7 @@ def check_prompts(config: RunConfig) -> "Prompts":
 
 
 def _check_engines(config: RunConfig) -> None:
-    engines = {"learner.engine": config.learner.engine}
+    engines: dict[str, str] = {"learner.engine": config.learner.engine}
     if config.generation is not None:
         engines["generation.engine"] = config.generation.engine
     for key, engine in engines.items():

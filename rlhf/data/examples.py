@@ -75,7 +75,8 @@ def format_of(record: Record, config: DataConfig, kind: RecordKind) -> Format:
     there = ", ".join(sorted(record.columns)) or "none"
     if config.format != "auto":
         if config.format not in wanted:
-            raise BadInput(f"data.format={config.format}: this algorithm learns from {kind}; expected {_either(wanted)}")
+            expected = " or ".join(wanted)
+            raise BadInput(f"data.format={config.format}: this algorithm learns from {kind}; expected {expected}")
         return config.format
     fitting = [name for name in fitting_formats(record.columns, config) if name in wanted]
     if not fitting:
@@ -91,7 +92,9 @@ def format_of(record: Record, config: DataConfig, kind: RecordKind) -> Format:
     return fitting[0]
 
 
-def read_examples(records: Sequence[Record], config: DataConfig, kind: RecordKind) -> tuple[list[Example], Counter[str]]:
+def read_examples(
+    records: Sequence[Record], config: DataConfig, kind: RecordKind
+) -> tuple[list[Example], Counter[str]]:
     """The usable rows in their order, and how many were dropped, by reason. Raises BadInput, also for no usable row."""
     name = format_of(records[0], config, kind)
     read, unusable = sort_out(records, config, name)
@@ -176,9 +179,8 @@ def _divided(record: Record, chosen: Content, rejected: Content) -> tuple[Conten
             raise UnusableRow(record, EQUAL, f"both are {shown(chosen)}")
         prompts, answers = zip(*(_split_dialogue(record, side) for side in (chosen, rejected)), strict=True)
         if prompts[0] != prompts[1]:
-            raise UnusableRow(
-                record, TWO_PROMPTS, f"before the last 'Assistant:' stand …{prompts[0][-60:]!r} and …{prompts[1][-60:]!r}"
-            )
+            ends = " and ".join(repr("…" + prompt[-60:]) for prompt in prompts)
+            raise UnusableRow(record, TWO_PROMPTS, f"before the last 'Assistant:' stand {ends}")
         return prompts[0], answers[0], answers[1]
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise BadInput(f"{record.place}: one of chosen and rejected is text, the other messages; expected the same")
@@ -243,7 +245,8 @@ def _messages(record: Record, row: int, config: DataConfig) -> Example:
     for message in conversation[first:]:
         if message["role"] == "assistant":
             _refuse_blank(record, message["content"], "messages (a turn of the assistant)")
-    return Example(record, row, "messages", conversation[:first], (conversation[first:],), _others(record, {"messages"}))
+    columns = _others(record, {"messages"})
+    return Example(record, row, "messages", conversation[:first], (conversation[first:],), columns)
 
 
 def _text(record: Record, row: int, config: DataConfig) -> Example:
@@ -305,10 +308,6 @@ def _refuse_no_turn(record: Record, answer: Content, where: str) -> None:
 
 def _others(record: Record, used: Collection[str | None]) -> Mapping[str, Any]:
     return {name: value for name, value in record.columns.items() if name not in used}
-
-
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(names)
 
 
 def _advice(record: Record, kind: RecordKind) -> str:

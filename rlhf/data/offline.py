@@ -150,7 +150,7 @@ def _tokenised(
         if example.format == "text":
             answers = [_all_but_the_first(ended(tokens, tokenizer.eos_token_id, stop_ids))]
             tokens = tokens[:1]
-            text = tokenizer.decode(tokens)
+            text = str(tokenizer.decode(tokens))
         else:
             answers = [answer_tokens(answer, tokenizer, stop_ids) for answer in pieces]
         if not tokens:
@@ -169,7 +169,7 @@ def _rendered(
     """The prompt's text, and for each answer what is behind it. A text to learn as a whole has no answer."""
     if example.format == "text":
         return str(example.content), []
-    if not templated or example.format == "implicit_preference" and isinstance(example.content, str):
+    if not templated or (example.format == "implicit_preference" and isinstance(example.content, str)):
         return _as_it_stands(example, tokenizer, config, templated)
     messages = as_messages(example.content, "user")
     return _through_template(example, messages, example.answers, tokenizer, config)
@@ -186,7 +186,9 @@ def _as_it_stands(
     plain = config.model_copy(update={"chat_template": False})
     text = render(example.content, example.record, tokenizer, plain)
     if not all(isinstance(answer, str) for answer in example.answers):
-        raise BadInput(f"{example.record.place}: the answer holds messages, but no chat template is used; expected text")
+        raise BadInput(
+            f"{example.record.place}: the answer holds messages, and no chat template is used; expected text"
+        )
     return text, [[Segment(str(answer), True)] for answer in example.answers]
 
 

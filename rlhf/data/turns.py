@@ -103,17 +103,15 @@ def spoken_text(answer: Content) -> str:
     return "\n".join(message["content"] for message in answer if message["role"] == "assistant")
 
 
-def _spoken(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]) -> int:
+def _spoken(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]) -> int:
     """How many tokens a turn of the assistant has, its end included; blank ones behind the end are the template's."""
     ends = [position for position, token in enumerate(tokens) if token in stop_ids]
-    if ends and not tokenizer.decode(tokens[ends[-1] + 1 :]).strip():
+    if ends and not str(tokenizer.decode(tokens[ends[-1] + 1 :])).strip():
         return ends[-1] + 1
     return len(tokens)
 
 
-def _render(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", record: Record, *, opening: bool
-) -> str:
+def _render(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", record: Record, *, opening: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
     except (TemplateError, ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """RUN_DIR/report.html: one self-contained page with the curves of a run and answers before and after.
 
-Reads metrics.jsonl, evaluations.jsonl, data.json and config.yaml, nothing else; loads nothing from a network. Everything that a
-model or a data set wrote is escaped."""
+Reads metrics.jsonl, evaluations.jsonl, data.json and config.yaml, nothing else; loads nothing from a network.
+Everything that a model or a data set wrote is escaped."""
 
 import html
 import json
