@@ -122,7 +122,7 @@ class DataConfig(Section):
     format: Literal["auto", "prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"] = (
         Field(
             default="auto",
-            description="what the rows are; `auto`: told from the columns of the first row and what the algorithm needs",
+            description="what the rows are; `auto`: told from the first row's columns and what the algorithm needs",
         )
     )
     prompt_column: str = Field(

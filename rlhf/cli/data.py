@@ -65,8 +65,8 @@ def format_of_data(record: Record, config: DataConfig) -> Format:
     fitting = fitting_formats(record.columns, config)
     if not fitting:
         raise BadInput(
-            f"{record.place}: columns there: {', '.join(sorted(record.columns)) or 'none'}; expected prompt; or prompt, "
-            "chosen, rejected; or chosen, rejected; or prompt, completion; or messages; or text. For other names: "
+            f"{record.place}: columns there: {', '.join(sorted(record.columns)) or 'none'}; expected prompt; or "
+            "prompt, chosen, rejected; or chosen, rejected; or prompt, completion; or messages; or text. For other names: "
             "--prompt-column, --completion-column"
         )
     return fitting[0]
@@ -101,8 +101,8 @@ def split_rows(
     examples, unusable = sort_out(records, config, name)
     if unusable and (config.bad_rows == "refuse" or not examples):
         raise BadInput(
-            f"{len(unusable)} of {len(records)} rows cannot be learnt from, the first: {unusable[0]}. Mend them, or add "
-            "--drop-bad-rows"
+            f"{len(unusable)} of {len(records)} rows cannot be learnt from, the first: {unusable[0]}. Mend them, or "
+            "add --drop-bad-rows"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--to {folder}: exists and is not an empty folder; expected a new one")

@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 class AnswerTokens(NamedTuple):
-    """token_ids (T,) int32 with the EOS last; loss_mask (T,) bool, true where the assistant speaks, its EOS included."""
+    """token_ids (T,) int32 with the EOS last; loss_mask (T,) bool, true where the assistant speaks, EOS included."""
 
     token_ids: Ids
     loss_mask: Mask
