@@ -66,7 +66,7 @@ def format_of_data(record: Record, config: DataConfig) -> Format:
     if not fitting:
         raise BadInput(
             f"{record.place}: columns there: {', '.join(sorted(record.columns)) or 'none'}; expected prompt; or "
-            "prompt, chosen, rejected; or chosen, rejected; or prompt, completion; or messages; or text. For other names: "
+            "prompt, chosen, rejected; or chosen, rejected; or prompt, completion; or messages; or text. Other names: "
             "--prompt-column, --completion-column"
         )
     return fitting[0]
