@@ -1,7 +1,7 @@
 """Which algorithm a run file names: the one place that knows them all."""
 
-from rlhf.algorithms import Algorithm, reinforce, rloo
-from rlhf.config import AlgorithmConfig, ReinforceConfig, RlooConfig
+from rlhf.algorithms import Algorithm, dpo, online_dpo, reinforce, rloo, rso
+from rlhf.config import AlgorithmConfig, DpoConfig, OnlineDpoConfig, ReinforceConfig, RlooConfig, RsoConfig
 
 
 def build(config: AlgorithmConfig) -> Algorithm:
@@ -11,3 +11,9 @@ def build(config: AlgorithmConfig) -> Algorithm:
             return rloo.build(config)
         case ReinforceConfig():
             return reinforce.build(config)
+        case DpoConfig():
+            return dpo.build(config)
+        case OnlineDpoConfig():
+            return online_dpo.build(config)
+        case RsoConfig():
+            return rso.build(config)
