@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.table import build
-from rlhf.config import RunConfig
+from rlhf.config import OnlineDpoConfig, RsoConfig, RunConfig
 from rlhf.experience import REF_LOGPROBS, Sampling
 from rlhf.sources import Demand
 
@@ -57,10 +57,13 @@ def draw(config: RunConfig) -> Blueprint:
 
 def needs_old_logprobs(config: RunConfig) -> bool:
     """Whether samples are trained under weights other than those that sampled them: stale, or in several optimizer
-    steps. Rows of the data were not sampled by any."""
+    steps. Rows of the data were not sampled by any, and a preference loss has no importance ratio: what it does in
+    several steps needs none."""
     if config.records != "prompts":
         return False
-    return config.loop.max_staleness > 0 or config.learner.epochs * config.learner.minibatches > 1
+    steps = config.learner.epochs * config.learner.minibatches
+    has_ratio = not isinstance(config.algorithm, OnlineDpoConfig | RsoConfig)
+    return config.loop.max_staleness > 0 or (steps > 1 and has_ratio)
 
 
 def training_sampling(config: RunConfig) -> Sampling:

@@ -1,7 +1,15 @@
 """Which algorithm a run file names: the one place that knows them all."""
 
-from rlhf.algorithms import Algorithm, reinforce, rloo, sft
-from rlhf.config import AlgorithmConfig, ReinforceConfig, RlooConfig, SftConfig
+from rlhf.algorithms import Algorithm, dpo, online_dpo, reinforce, rloo, rso, sft
+from rlhf.config import (
+    AlgorithmConfig,
+    DpoConfig,
+    OnlineDpoConfig,
+    ReinforceConfig,
+    RlooConfig,
+    RsoConfig,
+    SftConfig,
+)
 
 
 def build(config: AlgorithmConfig) -> Algorithm:
@@ -13,3 +21,9 @@ def build(config: AlgorithmConfig) -> Algorithm:
             return reinforce.build(config)
         case SftConfig():
             return sft.build(config)
+        case DpoConfig():
+            return dpo.build(config)
+        case OnlineDpoConfig():
+            return online_dpo.build(config)
+        case RsoConfig():
+            return rso.build(config)
