@@ -182,6 +182,8 @@ def summary(metrics: Mapping[str, float]) -> str:
     parts = [
         ("reward", "reward/mean", "{:.4g}"),
         ("NLL", "loss/nll", "{:.4g}"),
+        ("loss", "loss/preference", "{:.4g}"),
+        ("accuracy", "rewards/accuracies", "{:.2f}"),
         ("KL", "kl/k1", "{:.4g}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),

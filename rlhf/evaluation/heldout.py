@@ -64,10 +64,11 @@ class HeldoutMeasures:
         return ()
 
     def describe(self) -> str:
-        return f"{', '.join(f'{name} {value:.4g}' for name, value in self.values.items())} over {self.n} rows"
+        return f"{', '.join(f'{name} {value:.4g}' for name, value in self.scalars().items())} over {self.n} rows"
 
     def scalars(self) -> dict[str, float]:
-        return dict(self.values)
+        """What is drawn as a curve: losses and the rewards of pairs. Facts of the rows themselves never change."""
+        return {name: value for name, value in self.values.items() if name.startswith(("loss/", "rewards/"))}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -22,6 +22,13 @@ DATA_FILE = "data.json"
 CHARTS = {
     "Reward": [("mean", "reward/mean")],
     "Negative log-likelihood (nats a token)": [("trained tokens", "loss/nll")],
+    "Preference loss": [("mean over pairs", "loss/preference")],
+    "Rewards of the pairs": [
+        ("chosen", "rewards/chosen"),
+        ("rejected", "rewards/rejected"),
+        ("margin", "rewards/margins"),
+    ],
+    "Pairs whose chosen answer has the higher reward (share)": [("mean", "rewards/accuracies")],
     "KL to the reference (nats a completion)": [("k1", "kl/k1"), ("k3", "kl/k3")],
     "Completion length (tokens)": [("mean", "completion/length_mean")],
     "Trainer against rollout engine (|log-prob difference|)": [
