@@ -43,5 +43,4 @@ def test_learns_and_beats_pairs_by_lot(tmp_path: Path, name: str, steps: int) ->
     learnt = rewards(tmp_path, name, f"loop.num_steps={steps}")
     control = rewards(tmp_path, name, f"loop.num_steps={steps}", f"reward.function={tmp_path / 'lot.py'}:shuffled")
     start, end, by_lot = sum(learnt[:2]), sum(learnt[-2:]), sum(control[-2:])
-    print(learnt, control)
     assert end > 2 * start and end > 2 * by_lot, (learnt, control)
