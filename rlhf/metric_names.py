@@ -36,11 +36,13 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
-    "loss/nll": Meaning("nats a token", "mean", "SFT: minus the log-prob of the trained tokens"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "loss/preference": Meaning("-", "mean", "the preference loss of a pair, without the added NLL"),
     "loss/nll": Meaning(
-        "nats", "mean", "negative log-likelihood of a chosen completion, a token or a sequence (algorithm.loss.nll_per)"
+        "nats",
+        "mean",
+        "negative log-likelihood: SFT's, a trained token; with algorithm.loss.nll that of a chosen completion, a token or "
+        "a sequence (algorithm.loss.nll_per)",
     ),
     "rewards/chosen": Meaning(
         "-",

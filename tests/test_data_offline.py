@@ -180,7 +180,7 @@ def test_all_rows_of_a_prompt_are_held_out_together() -> None:
     assert len(asked) == 2 and len(trained) == 3 and not asked & trained
     assert (len(data.heldout_prompts()), len(data)) == (8, 12)
     assert [prompt.id for prompt in data.heldout_prompts()] == list(range(-1, -9, -1))
-    with pytest.raises(BadInput, match="data.heldout=5 leaves nothing"):
+    with pytest.raises(BadInput, match=r"data.heldout=5 leaves nothing"):
         rows("preferences", *table, adds_bos=False, template=None, stops=[EOS], heldout=5)
 
 

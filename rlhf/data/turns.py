@@ -104,7 +104,7 @@ def spoken_text(answer: Content) -> str:
 
 
 def _spoken(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]) -> int:
-    """How many tokens a turn of the assistant has, its end included; blanks and marks behind the end are the template's."""
+    """How many tokens a turn of the assistant has, its end included; what is blank behind it is the template's."""
     ends = [position for position, token in enumerate(tokens) if token in stop_ids]
     if ends and not str(tokenizer.decode(tokens[ends[-1] + 1 :], skip_special_tokens=True)).strip():
         return ends[-1] + 1
