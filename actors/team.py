@@ -32,7 +32,9 @@ def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     if not order.blueprint.reference_judge:
         del roles["reference"]
     if not order.blueprint.samples:
-        del roles["rollout"], roles["reward"]
+        del roles["rollout"]
+    if order.blueprint.config.reward is None:
+        del roles["reward"]
     ours = placement.start(order.cluster, roles)
     crew = _Crew(order.cluster)
     try:
