@@ -520,10 +520,3 @@ def test_preference_losses_need_no_old_logprobs(online_run: Callable[..., RunCon
     assert not draw(online_run({"epochs": 2, "minibatches": 2}, "sigmoid")).learner_annotates
     assert draw(online_run({}, "sigmoid")).judged == {"reward", "ref_logprobs"}
     assert not draw(online_run({}, "simpo")).reference_judge
-
-
-def test_a_run_of_dpo_without_a_source_is_refused(tiny_run: Callable[..., RunConfig]) -> None:
-    """Before anything starts, with what can be used instead."""
-    plain = tiny_run({}, {}, {}, {}).model_dump(exclude_unset=True)
-    with pytest.raises(ValidationError, match="online_dpo and rso make their pairs"):
-        RunConfig.model_validate({**plain, "algorithm": {"name": "dpo", "loss": {"beta": 0.1}}})

@@ -115,7 +115,7 @@ def test_masked_tokens_teach_nothing_and_the_end_does() -> None:
     mask = torch.tensor([[True, False, True], [True, False, False]])
     sums = loss(Outputs(logprobs, torch.zeros(2, 3)), MicroBatch(mask, torch.ones(2), torch.arange(2), {}))
     sums.loss.backward()
-    assert float(sums.loss) == 8.0 and logprobs.grad is not None
+    assert sums.loss.item() == 8.0 and logprobs.grad is not None
     assert logprobs.grad.tolist() == [[-1.0, 0.0, -1.0], [-1.0, 0.0, 0.0]]
     assert [float(part) for part in sums.means["loss/nll"]] == [8.0, 3.0]
 

@@ -192,7 +192,7 @@ def test_report_is_whole_escaped_and_needs_no_network() -> None:
     )
     found = Structure(text)
     assert "script" not in found.tags and found.links == [] and "url(" not in text and "@import" not in text
-    assert found.text.count(HOSTILE) == 6  # title, heading, prompt, both answers, run file
+    assert found.text.count(HOSTILE) == 7  # title, heading, prompt, both answers, reason, run file
     assert "+2.00 σ" in found.text and "0.5 → 1" in found.text
     assert "cut at the length limit" in found.text and "could not be scored" in found.text
     assert re.search(r"faults/unscorable\s*5", found.text)

@@ -113,6 +113,28 @@ def test_dpo_starts_at_ln_2_and_learns_to_tell_held_out_pairs(
     assert "Held-out: rewards/margins" in report and "Preference loss" in report
 
 
+@pytest.mark.parametrize("how", ["lora", "reward"])
+def test_dpo_with_adapters_and_with_rewards_that_order_the_pairs(
+    rlhf: Callable[..., tuple[int, str]], content: dict[str, Any], how: str
+) -> None:
+    """With LoRA the learner fills the reference's column; a reward that prefers `rejected` turns the labels round."""
+    content["data"] = {"path": "pairs.jsonl", "heldout": 1}
+    content["learner"]["lr"] = 1e-3
+    content["algorithm"] = {"name": "dpo", "loss": {"beta": 0.1}}
+    if how == "lora":
+        content["model"]["lora"] = {"rank": 4}
+    else:
+        Path("reward.py").write_text("def long(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
+        content["reward"] = {"function": "reward.py:long", "isolate": False}
+        content["algorithm"]["preferred_by"] = "reward"
+    assert rlhf("--run-dir", how)[0] == 0
+    before, after = (row["values"] for row in read_rows(Path(how) / "evaluations.jsonl"))
+    assert before["loss/preference"] == pytest.approx(0.693147, abs=1e-4)
+    assert after["rewards/margins"] > 0.05
+    longer = before["pairs/chosen_length_mean"] - before["pairs/rejected_length_mean"]
+    assert longer > 0 if how == "reward" else longer < 0
+
+
 def test_dropped_rows_are_counted_where_people_look(
     rlhf: Callable[..., tuple[int, str]], content: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
