@@ -11,7 +11,9 @@ from rlhf.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 # The control: each prompt's answers get each other's rewards by lot, so the mean reward stays the true one.
-BY_LOT = (ROOT / "examples/rewards/letter_share.py").read_text() + """
+BY_LOT = (
+    (ROOT / "examples/rewards/letter_share.py").read_text()
+    + """
 
 def shuffled(prompts, completions, **columns):
     import hashlib
@@ -19,6 +21,7 @@ def shuffled(prompts, completions, **columns):
     lots = [hashlib.blake2b(f"{i}{text}".encode()).digest() for i, text in enumerate(completions)]
     return [shares[i] for i in sorted(range(len(lots)), key=lots.__getitem__)]
 """
+)
 SMALL = [
     "loop.groups_per_step=12", "loop.checkpoint_every=0", "data.heldout=0",
     "generation.engine=transformers", "generation.max_new_tokens=16", "learner.engine=torch",
