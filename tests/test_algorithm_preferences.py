@@ -414,9 +414,9 @@ def test_keys_that_would_be_ignored_or_are_missing_are_refused(settings: dict[st
 
 def test_sizes_that_cannot_work_are_refused() -> None:
     """More kept than sampled, fewer than a pair, a sampler's reference that the loss would not read."""
-    with pytest.raises(ValidationError, match="rejection.accept=5 of samples_per_prompt=4 candidates"):
+    with pytest.raises(ValidationError, match=r"rejection\.accept=5 of samples_per_prompt=4 candidates"):
         rso(4, 5, {})
-    with pytest.raises(ValidationError, match="rejection.accept=1"):
+    with pytest.raises(ValidationError, match=r"rejection\.accept=1"):
         rso(4, 1, {})
     with pytest.raises(ValidationError, match="loss slic_hinge has no reference"):
         rso(4, 2, {}, loss={"name": "slic_hinge", "beta": 1.0}, reference="sampler")

@@ -1,11 +1,13 @@
 """Preference losses: golden numbers, invariances, and TRL 1.16's trainers on the same tensors.
 
-Where TRL defines something else. Its `hinge` is ours (with reference), SLiC's has none. `ipo`, `sigmoid_norm` count the
-mask before the shift, which is the same unless the first token of a row is a completion's. `label_smoothing` does not
-apply to its `sigmoid`: cDPO is compared through `aot` on one pair, where sorting does nothing. Its `robust` is ours. Its
-`sft` term is the mean over all chosen tokens of a batch, ours the mean of each completion's mean: equal on one pair.
-Its experimental ORPO adds the ratio term to a loss of the whole prompt; only the ratio term is compared. Not covered:
-how log-probabilities are made (test_ops_logprobs).
+Where TRL defines something else:
+- its `hinge` is ours (with reference); SLiC's has none;
+- `ipo` and `sigmoid_norm` count the mask before the shift: the same behind a prompt;
+- `label_smoothing` does not apply to its `sigmoid`: cDPO is compared through `aot` on one pair, where sorting does
+  nothing;
+- its `sft` term is the mean over all chosen tokens of a batch, ours of each completion first: equal on one pair;
+- its experimental ORPO adds the ratio term to a loss of the whole prompt: only the ratio term is compared.
+Not covered: how log-probabilities are made (test_ops_logprobs).
 """
 
 import math
@@ -101,7 +103,7 @@ def test_robust_loss_averaged_over_flipped_labels_is_the_clean_loss(noise: float
 
 def test_robust_refuses_labels_that_say_nothing() -> None:
     """At one half the denominator is 0."""
-    with pytest.raises(ValueError, match="label_noise is 0.5"):
+    with pytest.raises(ValueError, match=r"label_noise is 0\.5"):
         p.robust(A, B, 0.1, 0.5)
 
 

@@ -206,7 +206,7 @@ def _reference(where: str, sample: Sample, reference: str) -> Floats:
 def _sides(logprobs: Tensor, batch: MicroBatch, *, with_reference: bool) -> tuple[Side, Side]:
     real = batch.weight > 0
     unit = batch.unit[real]
-    if len(unit) % 2 or not torch.equal(unit[::2], unit[1::2]) or len(unit[::2].unique()) != len(unit) // 2:
+    if len(unit) % 2 or not torch.equal(unit[::2], unit[1::2]) or len(set(unit.tolist())) != len(unit) // 2:
         raise ValueError(f"a pair must be two adjacent rows of one unit; found the units {unit.tolist()}")
     mask = batch.mask[real]
     logprob = sequence_logprob(logprobs[real], mask)
