@@ -51,6 +51,9 @@ class PolicyRank:
         measured = self._learner.update(batch)
         return self._learner.version, measured
 
+    def evaluate(self, groups: Sequence[Group]) -> Metrics:
+        return self._learner.evaluate(groups)
+
     def publish(self) -> tuple[Published | None, Weights | None]:
         """What was published and the weights themselves, from rank 0; None from the others, which take part."""
         weights = self._learner.publish()
@@ -101,6 +104,9 @@ class RemoteLearner:
         answers = self._wait([rank.update.remote(batch) for rank in self._ranks], f"update {self._version + 1}")
         self._version = answers[0][0]
         return metrics.merge(measured for _, measured in answers)
+
+    def evaluate(self, groups: Handle) -> Metrics:
+        return metrics.merge(self._wait([rank.evaluate.remote(groups) for rank in self._ranks], "evaluating"))
 
     def publish(self) -> Published:
         refs: list[list[ray.ObjectRef[Any]]] = [rank.publish.options(num_returns=2).remote() for rank in self._ranks]

@@ -20,7 +20,7 @@ from rlhf.judges.reference import ReferenceJudge
 from rlhf.judges.reward_function import RewardFunctionJudge
 from rlhf.loop import Team
 from rlhf.sources import JudgeDesk, PolicySource
-from rlhf.team import MAX_ATTEMPTS, Order, assemble, pins
+from rlhf.team import MAX_ATTEMPTS, Order, assemble, dataset_workers, examines, pins
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -31,6 +31,10 @@ def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     roles = dict(placement.roles_of(order.cluster))
     if not order.blueprint.reference_judge:
         del roles["reference"]
+    if not order.blueprint.samples:
+        del roles["rollout"]
+    if order.blueprint.config.reward is None:
+        del roles["reward"]
     ours = placement.start(order.cluster, roles)
     crew = _Crew(order.cluster)
     try:
@@ -81,9 +85,10 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
         crew.hire(PolicyActor, cluster.trainer, config, rank, cluster.trainer.replicas, trainer_threads, closable=False)
         for rank in range(cluster.trainer.replicas)
     ]
+    rows = dataset_workers(order)
     engines = [
         crew.hire(RolloutActor, cluster.rollout, config, f"rollout-{n}", closable=True)
-        for n in range(cluster.rollout.replicas)
+        for n in range(cluster.rollout.replicas if rows is None else 0)
     ]
     judges = _hire_judges(order, crew)
     buffer.open()
@@ -97,10 +102,11 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
         timeout_s,
     )
     desks = [
-        JudgeDesk(name, columns, name == "reward", ActorWorkers(name, hosts, timeout_s))
+        JudgeDesk(name, columns, examines(order, name), ActorWorkers(name, hosts, timeout_s))
         for name, columns, hosts in judges
     ]
-    return assemble(order, learner, buffer, ActorWorkers("rollout", engines, timeout_s), desks)
+    rollouts = rows or ActorWorkers("rollout", engines, timeout_s)
+    return assemble(order, learner, buffer, rollouts, desks)
 
 
 def _hire_judges(order: Order, crew: _Crew) -> Sequence[tuple[str, frozenset[str], list[ActorHandle]]]:
@@ -109,7 +115,9 @@ def _hire_judges(order: Order, crew: _Crew) -> Sequence[tuple[str, frozenset[str
     def hosts(role: Role, build: Any, argument: Any) -> list[ActorHandle]:
         return [crew.hire(JudgeActor, role, build, (argument,), closable=True) for _ in range(role.replicas)]
 
-    judges = [("reward", frozenset({REWARD}), hosts(cluster.reward, RewardFunctionJudge, config.reward))]
+    judges = []
+    if config.reward is not None:
+        judges.append(("reward", frozenset({REWARD}), hosts(cluster.reward, RewardFunctionJudge, config.reward)))
     if order.blueprint.reference_judge:
         judges.append(("reference", frozenset({REF_LOGPROBS}), hosts(cluster.reference, ReferenceJudge, config)))
     return judges

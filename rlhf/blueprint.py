@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.table import build
-from rlhf.config import RunConfig
+from rlhf.config import OnlineDpoConfig, RsoConfig, RunConfig
 from rlhf.experience import REF_LOGPROBS, Sampling
 from rlhf.sources import Demand
+
+# Stands where rollouts say how they are drawn: rows of the data are not, and their log-probs are the plain model's.
+NOT_SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,7 @@ class Blueprint:
     judged, the columns a group must have before it is complete. reference_judge, whether a frozen model fills the
     reference log-probs; with LoRA the learner fills them instead, with the adapter off. learner_annotates, whether
     the learner has any column to fill: with one optimizer step on fresh samples the old log-probs are those of the
-    step itself."""
+    step itself. samples, whether a policy is sampled; otherwise groups are rows of the data."""
 
     config: RunConfig
     algorithm: Algorithm
@@ -24,30 +27,55 @@ class Blueprint:
     judged: frozenset[str]
     reference_judge: bool
     learner_annotates: bool
+    samples: bool
 
 
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)
-    generation, loop = config.generation, config.loop
+    loop = config.loop
     learner_fills = {REF_LOGPROBS} if config.model.lora is not None else set()
     demand = Demand(
         groups_per_step=loop.groups_per_step,
         num_steps=loop.num_steps,
         max_staleness=loop.max_staleness,
         samples_per_prompt=config.algorithm.samples_per_prompt,
-        sampling=Sampling(generation.temperature, generation.top_p, generation.top_k, generation.max_new_tokens),
+        sampling=training_sampling(config),
         wait_timeout_s=loop.wait_timeout_s,
     )
     judged = algorithm.needs - learner_fills
     learner_annotates = needs_old_logprobs(config) or bool(learner_fills & algorithm.needs)
-    return Blueprint(config, algorithm, demand, frozenset(judged), REF_LOGPROBS in judged, learner_annotates)
+    return Blueprint(
+        config,
+        algorithm,
+        demand,
+        frozenset(judged),
+        REF_LOGPROBS in judged,
+        learner_annotates,
+        config.records == "prompts",
+    )
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
     """Whether samples are trained under weights other than those that sampled them: stale, or in several optimizer
-    steps."""
-    return config.loop.max_staleness > 0 or config.learner.epochs * config.learner.minibatches > 1
+    steps. Rows of the data were not sampled by any, and a preference loss has no importance ratio: what it does in
+    several steps needs none."""
+    if config.records != "prompts":
+        return False
+    steps = config.learner.epochs * config.learner.minibatches
+    has_ratio = not isinstance(config.algorithm, OnlineDpoConfig | RsoConfig)
+    return config.loop.max_staleness > 0 or (steps > 1 and has_ratio)
+
+
+def training_sampling(config: RunConfig) -> Sampling:
+    """How answers to train on are drawn; for a run on data a stand-in that nobody reads."""
+    generation = config.generation
+    if generation is None:
+        return NOT_SAMPLED
+    return Sampling(generation.temperature, generation.top_p, generation.top_k, generation.max_new_tokens)
 
 
 def evaluation_sampling(config: RunConfig) -> Sampling:
+    """How held-out prompts are answered; for a run on data, whose held-out rows have their answers, a stand-in."""
+    if config.generation is None:
+        return NOT_SAMPLED
     return Sampling(config.evaluation.temperature, 1.0, 0, config.generation.max_new_tokens)

@@ -5,6 +5,7 @@ bad file is refused before anything heavy is loaded. `rlhf.config_file` reads YA
 Documented in docs/configuration.md, which a test holds together with the code.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
@@ -18,6 +19,11 @@ from rlhf.config_online import ReinforceConfig as ReinforceConfig
 from rlhf.config_online import ReinforcePlusPlusBaselineConfig as ReinforcePlusPlusBaselineConfig
 from rlhf.config_online import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
 from rlhf.config_online import RlooConfig as RlooConfig
+from rlhf.config_preferences import DpoConfig as DpoConfig
+from rlhf.config_preferences import OnlineDpoConfig as OnlineDpoConfig
+from rlhf.config_preferences import PreferenceLossConfig as PreferenceLossConfig
+from rlhf.config_preferences import RejectionConfig as RejectionConfig
+from rlhf.config_preferences import RsoConfig as RsoConfig
 from rlhf.config_section import Dtype as Dtype
 from rlhf.config_section import Fraction as Fraction
 from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
@@ -25,6 +31,10 @@ from rlhf.config_section import NonNegativeInt as NonNegativeInt
 from rlhf.config_section import PositiveFloat as PositiveFloat
 from rlhf.config_section import PositiveInt as PositiveInt
 from rlhf.config_section import Section as Section
+
+RecordKind = Literal["prompts", "preferences", "demonstrations"]
+# What an algorithm is trained on, by its name; those that are not named here answer prompts with the policy.
+TRAINED_ON: Mapping[str, RecordKind] = {"sft": "demonstrations", "dpo": "preferences"}
 
 
 class LoraConfig(Section):
@@ -51,26 +61,64 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(default=False, description="run model code that comes with a hub model")
 
 
+class SftConfig(Section):
+    """Supervised fine-tuning: the negative log-likelihood of demonstrations. It has no settings of its own."""
+
+    name: Literal["sft"] = Field(description="which algorithm")
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """A demonstration is a group of one."""
+        return 1
+
+
 AlgorithmConfig = Annotated[
-    RlooConfig | ReinforceConfig | GrpoConfig | ReinforcePlusPlusConfig | ReinforcePlusPlusBaselineConfig | RaftConfig,
+    RlooConfig
+    | ReinforceConfig
+    | GrpoConfig
+    | ReinforcePlusPlusConfig
+    | ReinforcePlusPlusBaselineConfig
+    | RaftConfig
+    | SftConfig
+    | DpoConfig
+    | OnlineDpoConfig
+    | RsoConfig,
     Discriminator("name"),
 ]
 
 
 class DataConfig(Section):
-    """The prompts."""
+    """The prompts, preferences or demonstrations."""
 
     path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
     split: str = Field(default="train", description="split of a hub or saved data set")
+    format: Literal["auto", "prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"] = (
+        Field(
+            default="auto",
+            description="what the rows are; `auto`: told from the first row's columns and what the algorithm needs",
+        )
+    )
     prompt_column: str = Field(
         default="prompt", description="column that holds the prompt: a string or a list of messages"
+    )
+    completion_column: str = Field(
+        default="completion", description="column that holds a demonstration's answer; `chosen` trains on that of pairs"
     )
     max_prompt_tokens: PositiveInt = Field(
         default=512, description="limit on the prompt's length after the chat template"
     )
+    max_completion_tokens: PositiveInt = Field(
+        default=512, description="preferences and demonstrations: limit on an answer's length, its EOS included"
+    )
     too_long: Literal["drop", "refuse", "truncate"] = Field(
         default="drop",
-        description="a prompt over the limit is dropped and counted, refused with its row, or cut on the left",
+        description="a row over a limit is dropped and counted, refused, or its prompt is cut on the left; an answer "
+        "is never cut, `truncate` drops it",
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="preferences and demonstrations: a row with an empty answer, equal answers or two prompts is "
+        "refused, or dropped and counted",
     )
     chat_template: bool = Field(
         default=True, description="put plain prompts through the tokenizer's chat template where it has one"
@@ -81,7 +129,7 @@ class DataConfig(Section):
     )
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     heldout: NonNegativeInt = Field(
-        default=0, description="rows set aside for evaluation, chosen by a hash of the prompt"
+        default=0, description="prompts set aside for evaluation with all their rows, chosen by a hash of the prompt"
     )
 
 
@@ -211,14 +259,51 @@ class RunConfig(Section):
     seed: NonNegativeInt = Field(default=0, description="every random number of the run is derived from it")
     model: ModelConfig = Field(description="the policy")
     algorithm: AlgorithmConfig = Field(description="how credit is assigned and what the loss is; a union on its name")
-    data: DataConfig = Field(description="the prompts")
+    data: DataConfig = Field(description="the prompts, preferences or demonstrations")
     loop: LoopConfig = Field(description="how long, in what portions, and when to look")
-    generation: GenerationConfig = Field(description="how the policy is sampled")
+    generation: GenerationConfig | None = Field(
+        default=None, description="how the policy is sampled; only for algorithms that do so, which need it"
+    )
     learner: LearnerConfig = Field(default_factory=LearnerConfig, description="how the policy is updated")
-    reward: RewardConfig = Field(description="what is good")
+    reward: RewardConfig | None = Field(
+        default=None, description="what is good; only for algorithms that sample, which need it"
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="held-out prompts, answered during the run"
     )
+
+    @property
+    def records(self) -> RecordKind:
+        """What the algorithm is trained on; with "prompts" the policy is sampled."""
+        return TRAINED_ON.get(self.algorithm.name, "prompts")
+
+    @property
+    def judged_by_reward(self) -> bool:
+        """Whether a reward is part of what the algorithm learns from."""
+        algorithm = self.algorithm
+        return self.records == "prompts" or (isinstance(algorithm, DpoConfig) and algorithm.preferred_by == "reward")
+
+    @model_validator(mode="after")
+    def _has_what_its_source_needs(self) -> Self:
+        """A run that samples says how and what is good; one on preferences or demonstrations does not sample."""
+        name = self.algorithm.name
+        needed = {
+            "generation": (self.generation, self.records == "prompts", "samples answers from the policy"),
+            "reward": (self.reward, self.judged_by_reward, "learns from rewards"),
+        }
+        for key, (section, is_needed, why) in needed.items():
+            if is_needed and section is None:
+                raise ValueError(f"missing required key {key}: algorithm.name={name} {why}")
+            if section is not None and not is_needed:
+                raise ValueError(
+                    f"{key}: algorithm.name={name} learns from the {self.records} of data.path and has no use for it; "
+                    "expected no such section"
+                )
+        if self.records == "prompts" and self.data.format not in ("auto", "prompt"):
+            raise ValueError(
+                f"data.format={self.data.format}: algorithm.name={name} answers prompts; expected auto or prompt"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -30,9 +30,10 @@ def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
     config = _load(path, overrides, RunConfig)
     folders = (Path.cwd(), path.resolve().parent)
     model, data, reward = config.model, config.data, config.reward
-    file, colon, name = reward.function.rpartition(":")
-    if file.endswith(".py"):
-        reward = reward.model_copy(update={"function": _absolute(file, folders) + colon + name})
+    if reward is not None:
+        file, colon, name = reward.function.rpartition(":")
+        if file.endswith(".py"):
+            reward = reward.model_copy(update={"function": _absolute(file, folders) + colon + name})
     if "/" in model.name or model.name.startswith((".", "~")):
         model = model.model_copy(update={"name": _absolute(model.name, folders)})
     data = data.model_copy(update={"path": _absolute(data.path, folders)})

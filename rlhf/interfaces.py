@@ -130,6 +130,9 @@ class Learner(Protocol):
     def update(self, batch: Handle) -> Metrics:
         """Epochs x minibatches; each optimizer step divides the summed loss once by its global count."""
 
+    def evaluate(self, groups: Handle) -> Metrics:
+        """The loss's own measures of groups with all their columns, under the current weights; changes nothing."""
+
     def publish(self) -> Published: ...
 
     def save(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team
 from rlhf.metrics import Metrics
 from rlhf.sources import JudgeDesk, PolicySource
-from rlhf.team import MAX_ATTEMPTS, Order, assemble, pins
+from rlhf.team import MAX_ATTEMPTS, Order, assemble, dataset_workers, examines, pins
 from rlhf.workers import LocalWorkers, answers, judgement
 
 
@@ -40,6 +40,9 @@ class LocalLearner:
 
     def update(self, batch: TrainBatch) -> Metrics:
         return self._rank.update(batch)
+
+    def evaluate(self, groups: list[Group]) -> Metrics:
+        return self._rank.evaluate(groups)
 
     def publish(self) -> Published:
         weights = self._rank.publish()
@@ -70,21 +73,24 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
         rank = PolicyLearner(config, blueprint.algorithm, 0, 1, None)
         rank.setup()
         closing.callback(rank.close)  # after the generator, which may end the process group that they share
-        generator = build_generator(config, "rollout-0")
-        closing.callback(generator.close)
-        generator.setup()
+        rollouts = dataset_workers(order)
+        if rollouts is None:
+            generator = build_generator(config, "rollout-0")
+            closing.callback(generator.close)
+            generator.setup()
+            rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
         desks = []
         for name, columns, judge in _judges(order):
             closing.callback(judge.close)
             judge.setup()
             work = partial(judgement, judge)
-            desks.append(JudgeDesk(name, columns, name == "reward", LocalWorkers(name, work, None)))
-        rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
+            desks.append(JudgeDesk(name, columns, examines(order, name), LocalWorkers(name, work, None)))
         yield assemble(order, LocalLearner(rank), buffer, rollouts, desks)
 
 
 def _judges(order: Order) -> Iterator[tuple[str, frozenset[str], Judge]]:
     config = order.blueprint.config
-    yield "reward", frozenset({REWARD}), RewardFunctionJudge(config.reward)
+    if config.reward is not None:
+        yield "reward", frozenset({REWARD}), RewardFunctionJudge(config.reward)
     if order.blueprint.reference_judge:
         yield "reference", frozenset({REF_LOGPROBS}), ReferenceJudge(config)

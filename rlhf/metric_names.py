@@ -37,10 +37,43 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
-    "loss/nll": Meaning(
-        "nats", "mean", "RAFT: negative log-likelihood of the learnt completions, divided as the gradient is"
-    ),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
+    "loss/preference": Meaning("-", "mean", "the preference loss of a pair, without the added NLL"),
+    "loss/nll": Meaning(
+        "nats",
+        "mean",
+        "negative log-likelihood: SFT's, a trained token; RAFT's, divided as its gradient is; with algorithm.loss.nll "
+        "that of a chosen completion, a token or a sequence (algorithm.loss.nll_per)",
+    ),
+    "rewards/chosen": Meaning(
+        "-",
+        "mean",
+        "implicit reward of the chosen completion: algorithm.loss.beta times its log-ratio to the reference",
+    ),
+    "rewards/rejected": Meaning("-", "mean", "the same of the rejected completion"),
+    "rewards/margins": Meaning("-", "mean", "implicit reward of the chosen minus that of the rejected completion"),
+    "rewards/accuracies": Meaning(
+        "share of pairs", "mean", "pairs whose margin is above 0; 0 at step 0, where it is 0"
+    ),
+    "rewards/longer_agreement": Meaning(
+        "-1 to 1", "mean", "sign of the margin times sign of the length difference; see below"
+    ),
+    "logps/chosen": Meaning("nats", "mean", "log-probability of the chosen completion, summed over its tokens"),
+    "logps/rejected": Meaning("nats", "mean", "the same of the rejected completion"),
+    "pairs/made": Meaning("pairs", "sum", "preference pairs of the step"),
+    "pairs/ties": Meaning("comparisons", "sum", "comparisons of equal scores: they make no pair"),
+    "pairs/identical": Meaning("comparisons", "sum", "comparisons of equal texts: they make no pair"),
+    "pairs/empty": Meaning("pairs", "sum", "pairs left out because one side has no token to train on"),
+    "pairs/groups_without_fraction": Meaning("share of groups", "mean", "prompts that made no pair"),
+    "pairs/chosen_length_mean": Meaning("tokens", "mean", "trained tokens of a chosen completion"),
+    "pairs/rejected_length_mean": Meaning("tokens", "mean", "the same of a rejected completion"),
+    "pairs/longer_chosen": Meaning("-1 to 1", "mean", "+1 for a pair whose chosen completion is longer, -1 if shorter"),
+    "rejection/beta": Meaning("reward", "last", "RSO: temperature of the target, in the reward's own units"),
+    "rejection/acceptance_rate": Meaning("share of tries", "mean", "RSO: candidates accepted of those looked at"),
+    "rejection/acceptance_expected": Meaning(
+        "probability", "mean", "RSO: mean of exp((r - r_max) / beta) over a prompt's candidates"
+    ),
+    "rejection/accepted_reward_mean": Meaning("reward", "mean", "RSO: reward of the accepted candidates"),
     "clip/fraction": Meaning(
         "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"
     ),

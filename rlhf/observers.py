@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from rlhf.config import RunConfig
-from rlhf.evaluation.heldout import HeldoutReport
+from rlhf.evaluation.heldout import Evaluation
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,8 +38,8 @@ class Observer(Protocol):
     def note(self, message: str) -> None:
         """Something a person may want to know: what is waited for, what was restarted, what was dropped."""
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
-        """Held-out prompts were answered by the policy after `step` updates (0: before the first)."""
+    def evaluated(self, step: int, report: Evaluation) -> None:
+        """Held-out data was looked at after `step` updates (0: before the first)."""
 
     def finished(self, outcome: Outcome, message: str) -> None:
         """The run is over; called once, also when it failed, was interrupted, or never started."""
@@ -63,7 +63,7 @@ class Several:
         for observer in self._observers:
             observer.note(message)
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
+    def evaluated(self, step: int, report: Evaluation) -> None:
         for observer in self._observers:
             observer.evaluated(step, report)
 
@@ -94,7 +94,7 @@ class PlainLines:
     def note(self, message: str) -> None:
         self._line(message)
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
+    def evaluated(self, step: int, report: Evaluation) -> None:
         self._line(f"held-out after {step} steps: {report.describe()}")
 
     def finished(self, outcome: Outcome, message: str) -> None:
@@ -125,7 +125,7 @@ class JsonlMetrics:
     def note(self, message: str) -> None:
         pass
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
+    def evaluated(self, step: int, report: Evaluation) -> None:
         pass
 
     def finished(self, outcome: Outcome, message: str) -> None:
@@ -153,9 +153,10 @@ class TensorBoard:
     def note(self, message: str) -> None:
         pass
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
+    def evaluated(self, step: int, report: Evaluation) -> None:
         writer = self._open()
-        writer.add_scalar("heldout/reward_mean", report.reward_mean, step)
+        for name, value in report.scalars().items():
+            writer.add_scalar(f"heldout/{name}", value, step)
         for number, sample in enumerate(report.samples):
             indented = "\n".join("    " + line for line in f"{sample.prompt}\n---\n{sample.completion}".splitlines())
             writer.add_text(f"heldout/answer_{number}", indented, step)
@@ -180,6 +181,9 @@ def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers worth a glance, those of them that were measured."""
     parts = [
         ("reward", "reward/mean", "{:.4g}"),
+        ("NLL", "loss/nll", "{:.4g}"),
+        ("loss", "loss/preference", "{:.4g}"),
+        ("accuracy", "rewards/accuracies", "{:.2f}"),
         ("KL", "kl/k1", "{:.4g}"),
         ("length", "completion/length_mean", "{:.0f}"),
         ("mismatch", "mismatch/logprob_abs_mean", "{:.1e}"),

@@ -50,7 +50,7 @@ class JudgeDesk:
 
     name: str
     columns: frozenset[str]
-    scores_answers: bool  # its columns are scores, which evaluation wants too
+    scores_answers: bool  # evaluation wants its columns too
     workers: Workers
 
 
@@ -127,9 +127,11 @@ class PolicySource:
             "sync/engines": metrics.last(len(receipts)),
             "sync/seconds": metrics.last(time.monotonic() - started),
             "sync/probe_abs_max": metrics.largest(max((r.probe_abs_max for r in receipts), default=0.0)),
-            "time/generate_s": metrics.last(self._seconds.pop("generate", 0.0)),
             "time/judge_s": metrics.last(self._seconds.pop("judge", 0.0)),
         }
+        looking_up_or_sampling = self._seconds.pop("generate", 0.0)
+        if receipts:  # without an engine rows are looked up, and their number a second is no speed of anything
+            measured["time/generate_s"] = metrics.last(looking_up_or_sampling)
         self._admit()
         return measured
 

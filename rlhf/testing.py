@@ -99,6 +99,9 @@ class CountingLearner:
         scores = [score for group in batch for s in group.samples if (score := s.scores[REWARD]) is not None]
         return {"reward/mean": mean_of(scores)}
 
+    def evaluate(self, groups: list[Group]) -> Metrics:
+        return {"completion/length_mean": mean_of(len(s.token_ids) for group in groups for s in group.samples)}
+
     def publish(self) -> Published:
         probe = Probe(np.zeros(2, dtype=np.int32), np.zeros(1, dtype=np.float32))
         fingerprint = f"{fingerprint_of({})}-{self._version}"

@@ -187,10 +187,12 @@ class Structure(HTMLParser):
 
 def test_report_is_whole_escaped_and_needs_no_network() -> None:
     metrics = [{"step": n, "reward/mean": n / 10, "kl/k1": 0.1 * n, "faults/unscorable": 1.0} for n in range(5)]
-    text = page(HOSTILE, metrics, [evaluation(0, 0.5, 0.25), evaluation(5, 1.0, 0.2)], f"seed: 0 # {HOSTILE}")
+    text = page(
+        HOSTILE, metrics, [evaluation(0, 0.5, 0.25), evaluation(5, 1.0, 0.2)], f"seed: 0 # {HOSTILE}", {HOSTILE: 3}
+    )
     found = Structure(text)
     assert "script" not in found.tags and found.links == [] and "url(" not in text and "@import" not in text
-    assert found.text.count(HOSTILE) == 6  # title, heading, prompt, both answers, run file
+    assert found.text.count(HOSTILE) == 7  # title, heading, prompt, both answers, reason, run file
     assert "+2.00 σ" in found.text and "0.5 → 1" in found.text
     assert "cut at the length limit" in found.text and "could not be scored" in found.text
     assert re.search(r"faults/unscorable\s*5", found.text)

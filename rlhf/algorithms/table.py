@@ -1,14 +1,29 @@
 """Which algorithm a run file names: the one place that knows them all."""
 
-from rlhf.algorithms import Algorithm, grpo, raft, reinforce, reinforce_plus_plus, rloo
+from rlhf.algorithms import (
+    Algorithm,
+    dpo,
+    grpo,
+    online_dpo,
+    raft,
+    reinforce,
+    reinforce_plus_plus,
+    rloo,
+    rso,
+    sft,
+)
 from rlhf.config import (
     AlgorithmConfig,
+    DpoConfig,
     GrpoConfig,
+    OnlineDpoConfig,
     RaftConfig,
     ReinforceConfig,
     ReinforcePlusPlusBaselineConfig,
     ReinforcePlusPlusConfig,
     RlooConfig,
+    RsoConfig,
+    SftConfig,
 )
 
 
@@ -25,3 +40,11 @@ def build(config: AlgorithmConfig) -> Algorithm:
             return reinforce_plus_plus.build(config)
         case RaftConfig():
             return raft.build(config)
+        case SftConfig():
+            return sft.build(config)
+        case DpoConfig():
+            return dpo.build(config)
+        case OnlineDpoConfig():
+            return online_dpo.build(config)
+        case RsoConfig():
+            return rso.build(config)

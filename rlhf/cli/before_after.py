@@ -16,6 +16,8 @@ def before_and_after(run_dir: Path) -> str:
     if len(reports) < 2:
         return ""
     first, last = reports[0], reports[-1]
+    if not isinstance(first, HeldoutReport) or not isinstance(last, HeldoutReport):
+        return f"\nheld-out before: {first.describe()}\nafter {last.step} steps: {last.describe()}"
     return "\n".join([*_answers(first, last), "", _rewards(first, last)])
 
 

@@ -12,7 +12,9 @@ from rlhf.buffer.audit import ExperienceView, Overview
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.run_directory import read_config
+from rlhf.evaluation.heldout import HeldoutMeasures
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, duration, read_jsonl, summary
+from rlhf.ui.report import DATA_FILE
 
 RECENT_STEPS = 10
 
@@ -47,8 +49,9 @@ def standing(run_dir: Path) -> dict[str, Any]:
         "seconds_a_step": sum(recent) / len(recent) if recent else None,
         "idle_s": _idle(run_dir),
         "last_metrics": metrics[-1] if metrics else None,
+        "data": _data(run_dir),
         "evaluations": [
-            {key: row[key] for key in ("step", "reward_mean", "reward_std", "n")}
+            {key: row[key] for key in ("step", "reward_mean", "reward_std", "n", "values") if key in row}
             for row in read_jsonl(run_dir / EVALUATIONS_FILE)
         ],
     }
@@ -61,6 +64,13 @@ def _overview(run_dir: Path) -> dict[str, Any] | None:
         return None
     overview: Overview = ExperienceView(path).overview()
     return asdict(overview)
+
+
+def _data(run_dir: Path) -> dict[str, Any] | None:
+    """What the data was and what of it was left out; None for a run that has not begun."""
+    path = run_dir / DATA_FILE
+    data: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return data
 
 
 def _idle(run_dir: Path) -> float | None:
@@ -83,7 +93,12 @@ def _in_words(state: dict[str, Any]) -> str:
     lines += _experience_in_words(state["experience"])
     lines.append(f"newest checkpoint: {state['checkpoint'] or 'none yet'}")
     lines += [f"not used: {refused}" for refused in state["checkpoints_refused"]]
+    if state["data"]:
+        lines.append(f"data: {state['data']['data']}")
     for row in state["evaluations"]:
+        if "values" in row:
+            lines.append(f"held-out after {row['step']} steps: {HeldoutMeasures(**row).describe()}")
+            continue
         mean, deviation = row["reward_mean"], row["reward_std"]
         lines.append(f"held-out after {row['step']} steps: reward {mean:.4g} ± {deviation:.2g} over {row['n']} answers")
     return "\n".join(lines)

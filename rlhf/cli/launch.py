@@ -13,14 +13,13 @@ from rlhf import checkpoint, metrics
 from rlhf.blueprint import draw, evaluation_sampling
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
-from rlhf.data.prompts import PromptSet
 from rlhf.errors import RunFailed
 from rlhf.evaluation import heldout
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.observers import EVALUATIONS_FILE, Observer, Outcome, append_durably, read_jsonl
 from rlhf.sources import Interrupted, PolicySource
-from rlhf.team import Order
+from rlhf.team import Order, Prompts
 
 # Mean |log-prob difference| a token, in nats, above which a step is reported. Seen: 1e-5 in float32, 0.01 in bfloat16.
 MISMATCH_ALARM = {"float32": 1e-4, "bfloat16": 0.1}
@@ -54,7 +53,7 @@ class Record:
     """The chronicle of a run in its directory: steps, evaluations, checkpoints."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, team: Team, source: PolicySource, prompts: PromptSet, observer: Observer
+        self, config: RunConfig, run_dir: Path, team: Team, source: PolicySource, prompts: Prompts, observer: Observer
     ) -> None:
         self._config, self._run_dir, self._team, self._source = config, run_dir, team, source
         self._heldout, self._observer = prompts.heldout_prompts(), observer
@@ -69,6 +68,8 @@ class Record:
     def _watch_mismatch(self, step: int, gap: float) -> None:
         """Says so when trainer and rollout engine disagree, and ends the run where the run file asks for that."""
         generation = self._config.generation
+        if generation is None:
+            return
         alarm = generation.mismatch_alarm or MISMATCH_ALARM[self._config.learner.dtype]
         found = f"step {step}: trainer and rollout engine differ by {gap:.3g} nats a token on average"
         if generation.mismatch_stop is not None and gap > generation.mismatch_stop:
@@ -81,10 +82,18 @@ class Record:
         due = updates in (0, loop.num_steps) or (loop.eval_every and updates % loop.eval_every == 0)
         if not due or not self._heldout or any(row["step"] == updates for row in read_jsonl(self._evaluations)):
             return
-        groups = self._source.answer(self._heldout, evaluation_sampling(self._config))
-        report = heldout.report(updates, groups, self._config.evaluation.samples)
+        report = self._evaluation(updates)
         append_durably(self._evaluations, report.to_json())
         self._observer.evaluated(updates, report)
+
+    def _evaluation(self, updates: int) -> heldout.Evaluation:
+        """Answers to held-out prompts and their rewards; for held-out rows of data, what the loss measures of them."""
+        groups = self._source.answer(self._heldout, evaluation_sampling(self._config))
+        if self._config.records == "prompts":
+            return heldout.report(updates, groups, self._config.evaluation.samples)
+        learner = self._team.learner
+        measured = metrics.values(learner.evaluate(learner.annotate(groups)))
+        return heldout.HeldoutMeasures(updates, len(groups), measured)
 
     def checkpoint_if_due(self, updates: int) -> None:
         loop = self._config.loop
@@ -101,7 +110,7 @@ class Record:
 
 
 def run(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: PromptSet, *, in_process: bool, observer: Observer
+    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: Prompts, *, in_process: bool, observer: Observer
 ) -> Outcome:
     """Trains to the end, or until it is asked to stop; the run directory then holds everything to go on.
 
@@ -129,7 +138,7 @@ def run(
     return "done"
 
 
-def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: PromptSet) -> bool:
+def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: Prompts) -> bool:
     """Whether the run was ended between its last checkpoint and its last evaluation."""
     recorded = {row["step"] for row in read_jsonl(run_dir / EVALUATIONS_FILE)}
     return bool(prompts.heldout_prompts()) and config.loop.num_steps not in recorded

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf.config import RunConfig
-from rlhf.evaluation.heldout import HeldoutReport
+from rlhf.evaluation.heldout import Evaluation
 from rlhf.observers import Outcome, summary
 
 STYLES: dict[Outcome, str] = {"done": "green", "interrupted": "yellow", "failed": "red"}
@@ -41,7 +41,7 @@ class RichProgress:
     def note(self, message: str) -> None:
         self._console.print(f"[dim]{escape(message)}")
 
-    def evaluated(self, step: int, report: HeldoutReport) -> None:
+    def evaluated(self, step: int, report: Evaluation) -> None:
         self._console.print(f"held-out after {step} steps: {escape(report.describe())}")
 
     def finished(self, outcome: Outcome, message: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,9 +16,11 @@ from rlhf.cli.run_directory import check_directory, held, settle
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
-from rlhf.data.prompts import PromptSet
 from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer
-from rlhf.ui.report import write_report
+from rlhf.ui.report import write_data, write_report
+
+if TYPE_CHECKING:
+    from rlhf.team import Prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     settle(run_dir, config, cluster, fresh=arguments.fresh)
     console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
+    write_data(run_dir, prompts.describe(), prompts.dropped)
     observer.note(prompts.describe())
     with held(run_dir):
         outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
@@ -53,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: PromptSet, in_process: bool, observer: Observer
+    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: "Prompts", in_process: bool, observer: Observer
 ) -> Outcome:
     """The run, and then its report, whatever became of it; errors rise."""
     from rlhf.cli import launch

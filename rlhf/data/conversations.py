@@ -30,9 +30,9 @@ def content_of(record: Record, column: str) -> Content:
             raise BadInput(f"{where} is empty; expected a prompt")
         return value
     if isinstance(value, list):
-        return _messages(value, where)
+        return _to_be_answered(checked_messages(value, where), where)
     raise BadInput(
-        f"{where} is a {type(value).__name__} ({_shown(value)}); expected text or a list of role/content messages"
+        f"{where} is a {type(value).__name__} ({shown(value)}); expected text or a list of role/content messages"
     )
 
 
@@ -66,24 +66,29 @@ def render(content: Content, record: Record, tokenizer: "PreTrainedTokenizerBase
     return str(text)
 
 
-def _messages(value: list[Any], where: str) -> list[Message]:
+def checked_messages(value: list[Any], where: str) -> list[Message]:
+    """A list of role/content messages with text in both, as plain dictionaries. Raises BadInput, naming the message."""
     if not value:
         raise BadInput(f"{where} is an empty list; expected role/content messages")
     for number, message in enumerate(value):
         if not isinstance(message, Mapping):
-            found = _shown(message)
+            found = shown(message)
             raise BadInput(f"{where}, message {number}: found {found}; expected an object with role and content")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                found = f"{key} is {_shown(message[key])}" if key in message else f"no {key}, only {sorted(message)}"
+                found = f"{key} is {shown(message[key])}" if key in message else f"no {key}, only {sorted(message)}"
                 raise BadInput(f"{where}, message {number}: {found}; expected text")
-    if value[-1]["role"] == "assistant":
+    return [dict(message) for message in value]
+
+
+def _to_be_answered(messages: list[Message], where: str) -> list[Message]:
+    if messages[-1]["role"] == "assistant":
         raise BadInput(
             f"{where} ends with an assistant message, which is an answer; expected one that the policy is to answer"
         )
-    if not any(message["content"].strip() for message in value):
+    if not any(message["content"].strip() for message in messages):
         raise BadInput(f"{where}: all messages are empty; expected a prompt")
-    return [dict(message) for message in value]
+    return messages
 
 
 def _missing(record: Record, column: str) -> str:
@@ -101,6 +106,6 @@ def _missing(record: Record, column: str) -> str:
     return message
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,7 @@
 
 `PromptSet` is built the same way by every process from the same rows, tokenizer and settings; `fingerprint` proves it.
 Rows that cannot be used are refused by place, those over the length limit are dropped and counted, refused or cut as
-the run file says. Preferences and demonstrations are other record types and have no reader here."""
+the run file says. Preferences and demonstrations: `offline`."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ class PromptSet:
     ) -> None:
         contents = [content_of(record, config.prompt_column) for record in records]
         texts = [render(content, record, tokenizer, config) for content, record in zip(contents, records, strict=True)]
-        ids = _encode(texts, tokenizer)
+        ids = encode(texts, tokenizer)
         self.dropped: dict[str, int] = {}
         kept = _within_limit(ids, records, tokenizer, config)
         if len(kept) < len(records):
@@ -111,7 +111,7 @@ def _prompt(item: _Item, prompt_id: int, epoch: int) -> Prompt:
     return Prompt(prompt_id, item.row, epoch, item.content, item.text, item.token_ids, item.columns)
 
 
-def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Token ids (no padding) with the BOS exactly once at the front, for tokenizers that put one there.
 
     The template may write a BOS, the tokenizer may add one, or both: only the result is looked at.
@@ -146,11 +146,11 @@ def _within_limit(
         )
     bos = tokenizer.bos_token_id
     if config.too_long == "truncate":
-        return {row: _cut(tokens, limit, bos) for row, tokens in enumerate(ids)}
+        return {row: cut(tokens, limit, bos) for row, tokens in enumerate(ids)}
     return {row: tokens for row, tokens in enumerate(ids) if len(tokens) <= limit}
 
 
-def _cut(tokens: list[int], limit: int, bos: int | None) -> list[int]:
+def cut(tokens: list[int], limit: int, bos: int | None) -> list[int]:
     """The last `limit` tokens; a BOS at the front stays there."""
     if len(tokens) <= limit:
         return tokens
@@ -176,7 +176,7 @@ def _item(
 
 def _split(items: Sequence[_Item], config: DataConfig) -> tuple[list[_Item], list[_Item]]:
     """Held-out and training rows. Equal prompts fall on one side; the choice depends on nothing but the prompts."""
-    keys = [_key(item.content) for item in items]
+    keys = [key_of(item.content) for item in items]
     chosen = set(sorted(set(keys))[: config.heldout])
     if len(chosen) == len(set(keys)) or len(chosen) < config.heldout:
         raise BadInput(
@@ -190,7 +190,8 @@ def _split(items: Sequence[_Item], config: DataConfig) -> tuple[list[_Item], lis
     return heldout, [item for key, item in zip(keys, items, strict=True) if key not in chosen]
 
 
-def _key(content: Content) -> str:
+def key_of(content: Content) -> str:
+    """A hash of a prompt: equal prompts are kept on one side of every split."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=16).hexdigest()
 
 

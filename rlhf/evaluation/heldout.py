@@ -1,4 +1,4 @@
-"""What the held-out prompts say about a policy: pure functions on judged groups."""
+"""What held-out data says about a policy: answers to prompts and their rewards, or the loss's measures of rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,8 +39,42 @@ class HeldoutReport:
         text = f"reward {self.reward_mean:.4g} ± {self.reward_std:.2g} over {self.n} answers"
         return text + (f", {self.unscored} not scored" if self.unscored else "")
 
+    def scalars(self) -> dict[str, float]:
+        """What is drawn as a curve."""
+        return {"reward_mean": self.reward_mean}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutMeasures:
+    """One evaluation of a run on preferences or demonstrations, which samples nothing.
+
+    step, updates before it. n held-out rows; values, what the loss measured of them (its metrics), by name.
+    """
+
+    step: int
+    n: int
+    values: Mapping[str, float]
+
+    @property
+    def samples(self) -> tuple[Answer, ...]:
+        """No answers: nothing was sampled."""
+        return ()
+
+    def describe(self) -> str:
+        return f"{', '.join(f'{name} {value:.4g}' for name, value in self.scalars().items())} over {self.n} rows"
+
+    def scalars(self) -> dict[str, float]:
+        """What is drawn as a curve: losses and the rewards of pairs. Facts of the rows themselves never change."""
+        return {name: value for name, value in self.values.items() if name.startswith(("loss/", "rewards/"))}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Evaluation = HeldoutReport | HeldoutMeasures
 
 
 def report(step: int, groups: Sequence[Group], shown: int) -> HeldoutReport:
@@ -73,8 +107,10 @@ def report(step: int, groups: Sequence[Group], shown: int) -> HeldoutReport:
     )
 
 
-def from_json(row: Mapping[str, Any]) -> HeldoutReport:
-    """The report that `to_json` wrote."""
+def from_json(row: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that `to_json` wrote."""
+    if "values" in row:
+        return HeldoutMeasures(**row)
     samples = tuple(Answer(**sample) for sample in row["samples"])
     return HeldoutReport(**{**row, "samples": samples})
 

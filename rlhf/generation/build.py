@@ -16,6 +16,7 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
     """The plain values that an engine of this run is built from; `name` is how messages call it."""
     generation = config.generation
+    assert generation is not None  # the settings refuse a run that samples without it
     dtype = generation.dtype or config.learner.dtype
     wanted = config.data.max_prompt_tokens + generation.max_new_tokens
     trust_remote_code = config.model.trust_remote_code
@@ -37,6 +38,7 @@ def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
 def build_generator(config: RunConfig, name: str) -> Generator:
     """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version."""
     spec = engine_spec(config, name, resolve(config.model.name))
+    assert config.generation is not None  # the settings refuse a run that samples without it
     if config.generation.engine == "vllm":
         from rlhf.generation.vllm_engine import VllmGenerator
 

@@ -8,9 +8,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf import metrics
 from rlhf.algorithms import Algorithm, RunState
@@ -29,9 +31,19 @@ from rlhf.learner.schedule import learning_rate
 from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
 from rlhf.models.policy import probe_inputs
+from rlhf.ops.microbatch import MicroBatch, Outputs
 from rlhf.weights import Probe, Weights, pack, probe_ids
 
 STATE_FILE = "learner.json"
+
+
+class _Pass(NamedTuple):
+    """A micro-batch that went through the model."""
+
+    batch: MicroBatch
+    outputs: Outputs
+    loss: Tensor
+    measured: Metrics
 
 
 class PolicyLearner:
@@ -109,6 +121,19 @@ class PolicyLearner:
         self._measured = {}
         return metrics.merge(parts)
 
+    def evaluate(self, groups: Sequence[Group]) -> Metrics:
+        """What the loss measures of these groups under the current weights, merged over ranks by the caller.
+
+        Nothing is trained and no state changes. The groups must have all columns that the algorithm needs.
+        """
+        batch, _ = self._algorithm.prepare(groups, self._state)
+        settings, columns = self._config.learner, sorted(batch.rows[0].tokens) if batch.rows else []
+        planned = plan(units_of(batch.rows), self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
+        parts = [dict(batch.metrics) if self._rank == 0 else {}]
+        with torch.no_grad():
+            parts += [self._measure(micro, columns).measured for micro in planned[self._rank]]
+        return metrics.merge(parts)
+
     def publish(self) -> Weights | None:
         """The current version, with the learner's own log-probabilities of the probe; None on ranks above 0."""
         logprobs = self._probe()
@@ -175,15 +200,19 @@ class PolicyLearner:
 
     def _accumulate(self, micro: Sequence[Unit], columns: Sequence[str], count: int, *, measure: bool) -> Metrics:
         """Adds one micro-batch's gradient, divided by the global count, and says what was seen on the way."""
+        batch, outputs, loss, measured = self._measure(micro, columns)
+        self._engine.backward(loss / count)
+        measured["tokens/trained"] = metrics.total(int(batch.mask.sum()))
+        if measure and BEHAVIOR_LOGPROBS in columns:
+            measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
+        return measured
+
+    def _measure(self, micro: Sequence[Unit], columns: Sequence[str]) -> _Pass:
+        """One forward pass: the micro-batch as tensors, its summed loss, and what was seen on the way."""
         collated = collate(micro, columns, packed=self._config.learner.packing).to(self._engine.device)
         batch = collated.batch
         outputs = collated.outputs(*self._engine.forward(collated.inputs))
         sums = self._algorithm.loss(outputs, batch)
-        self._engine.backward(sums.loss / count)
-        trained = int(batch.mask.sum())
         measured = {name: metrics.mean(float(value), float(over)) for name, (value, over) in sums.means.items()}
-        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), trained)
-        measured["tokens/trained"] = metrics.total(trained)
-        if measure and BEHAVIOR_LOGPROBS in columns:
-            measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
-        return measured
+        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), int(batch.mask.sum()))
+        return _Pass(batch, outputs, sums.loss, measured)

@@ -70,6 +70,11 @@ def clipped_policy_loss(
     return Clipped((torch.where(mask, weights, 0).detach() * surrogate).sum(), above, below, over, held)
 
 
+def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Maximum likelihood: -sum_i sum_t m_t l_t in nats, a scalar; logprobs (B, T) with gradient, mask (B, T) bool."""
+    return -torch.where(mask, logprobs, 0).sum()
+
+
 def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Truncated importance weight of each token, without gradient: min(exp(l - l_sampled), cap).
 

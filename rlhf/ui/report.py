@@ -1,24 +1,34 @@
 """RUN_DIR/report.html: one self-contained page with the curves of a run and answers before and after.
 
-Reads metrics.jsonl, evaluations.jsonl and config.yaml, nothing else; loads nothing from a network. Everything that a
-model or a data set wrote is escaped."""
+Reads metrics.jsonl, evaluations.jsonl, data.json and config.yaml, nothing else; loads nothing from a network.
+Everything that a model or a data set wrote is escaped."""
 
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.heldout import Answer, HeldoutReport, from_json, rise_in_deviations
+from rlhf.evaluation.heldout import Answer, Evaluation, HeldoutReport, from_json, rise_in_deviations
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl, replace_durably
 from rlhf.ui.charts import Series, line_chart
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"
 
 # Title of a chart -> its lines: name in the legend, metric.
 CHARTS = {
     "Reward": [("mean", "reward/mean")],
+    "Negative log-likelihood (nats a token)": [("trained tokens", "loss/nll")],
+    "Preference loss": [("mean over pairs", "loss/preference")],
+    "Rewards of the pairs": [
+        ("chosen", "rewards/chosen"),
+        ("rejected", "rewards/rejected"),
+        ("margin", "rewards/margins"),
+    ],
+    "Pairs whose chosen answer has the higher reward (share)": [("mean", "rewards/accuracies")],
     "KL to the reference (nats a completion)": [("k1", "kl/k1"), ("k3", "kl/k3")],
     "Completion length (tokens)": [("mean", "completion/length_mean")],
     "Trainer against rollout engine (|log-prob difference|)": [
@@ -34,6 +44,8 @@ CHARTS = {
         ("update", "time/update_s"),
     ],
 }
+# What a card says of an evaluation without answers, where it was measured.
+HELDOUT_CARDS = ("loss/nll", "rewards/accuracies")
 COLOURS = ("a", "b", "c")
 COUNTED = ("faults/", "dropped/", "groups/dropped")
 
@@ -67,11 +79,25 @@ def write_report(run_dir: Path) -> Path:
     evaluations = [from_json(row) for row in read_jsonl(run_dir / EVALUATIONS_FILE)]
     config = run_dir / CONFIG_FILE
     path = run_dir / REPORT_FILE
-    replace_durably(path, page(run_dir.name, metrics, evaluations, config.read_text() if config.exists() else ""))
+    data = run_dir / DATA_FILE
+    dropped = json.loads(data.read_text())["dropped"] if data.exists() else {}
+    resolved = config.read_text() if config.exists() else ""
+    replace_durably(path, page(run_dir.name, metrics, evaluations, resolved, dropped))
     return path
 
 
-def page(title: str, metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[HeldoutReport], config: str) -> str:
+def write_data(run_dir: Path, said: str, dropped: Mapping[str, int]) -> None:
+    """RUN_DIR/data.json: the data in a line, and how many rows were left out before the run, by reason."""
+    replace_durably(run_dir / DATA_FILE, json.dumps({"data": said, "dropped": dict(dropped)}, indent=1) + "\n")
+
+
+def page(
+    title: str,
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
+    config: str,
+    dropped: Mapping[str, int],
+) -> str:
     """The page as text; a pure function."""
     steps = f"{len(metrics)} steps" if metrics else "no step is trained yet"
     body = [
@@ -79,7 +105,7 @@ def page(title: str, metrics: Sequence[Mapping[str, Any]], evaluations: Sequence
         f"<div class='cards'>{''.join(_cards(metrics, evaluations))}</div>",
         f"<h2>Curves</h2><div class='charts'>{''.join(_charts(metrics, evaluations))}</div>",
         _answers(evaluations),
-        _counts(metrics),
+        _counts(metrics, dropped),
         f"<details><summary>Run file, resolved</summary><pre>{html.escape(config)}</pre></details>",
     ]
     return (
@@ -89,12 +115,18 @@ def page(title: str, metrics: Sequence[Mapping[str, Any]], evaluations: Sequence
     )
 
 
-def _cards(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[HeldoutReport]) -> list[str]:
+def _cards(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]) -> list[str]:
     cards = []
-    if len(evaluations) > 1:
-        before, after = evaluations[0], evaluations[-1]
+    before, after = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else (None, None)
+    if isinstance(before, HeldoutReport) and isinstance(after, HeldoutReport):
         cards.append(_card(f"{before.reward_mean:.3g} → {after.reward_mean:.3g}", "held-out reward, before → after"))
         cards.append(_card(f"{rise_in_deviations(before, after):+.2f} σ", "rise in standard deviations"))
+    elif before and after:
+        earlier, later = before.scalars(), after.scalars()
+        cards += [
+            _card(f"{earlier[name]:.4g} → {later[name]:.4g}", f"held-out {name}, before → after")
+            for name in earlier.keys() & later.keys() & set(HELDOUT_CARDS)
+        ]
     if metrics:
         last = metrics[-1]
         shown = [("reward/mean", "reward, last step"), ("kl/k1", "KL, last step"), ("policy_version", "policy version")]
@@ -109,8 +141,12 @@ def _card(value: str, label: str) -> str:
     return f"<div class='card'><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
 
 
-def _charts(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[HeldoutReport]) -> list[str]:
-    charts = [line_chart("Held-out reward", [Series("mean", [(e.step, e.reward_mean) for e in evaluations], "a")])]
+def _charts(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]) -> list[str]:
+    charts = []
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.scalars()):
+        points = [(e.step, e.scalars()[name]) for e in evaluations if name in e.scalars()]
+        title = "Held-out reward" if name == "reward_mean" else f"Held-out: {name}"
+        charts.append(line_chart(title, [Series("mean", points, "a")]))
     for title, lines in CHARTS.items():
         series = [
             Series(name, [(row["step"], row[metric]) for row in metrics if metric in row], css)
@@ -120,7 +156,7 @@ def _charts(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[HeldoutR
     return [chart for chart in charts if chart] or ["<p>Nothing was measured yet.</p>"]
 
 
-def _answers(evaluations: Sequence[HeldoutReport]) -> str:
+def _answers(evaluations: Sequence[Evaluation]) -> str:
     """The shown prompts of the first and the last evaluation, side by side."""
     if not evaluations or not evaluations[0].samples:
         return ""
@@ -144,10 +180,11 @@ def _answer(answer: Answer | None) -> str:
     return f"<span class='reward'>{reward}{cut}</span>{html.escape(answer.completion)}"
 
 
-def _counts(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _counts(metrics: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]) -> str:
     """Sums of everything that was dropped or went wrong."""
     names = sorted({name for row in metrics for name in row if name.startswith(COUNTED)})
-    sums = {name: math.fsum(row[name] for row in metrics if name in row) for name in names}
+    sums: dict[str, float] = {f"rows of the data left out: {reason}": count for reason, count in dropped.items()}
+    sums |= {name: math.fsum(row[name] for row in metrics if name in row) for name in names}
     listed = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{total:g}</td></tr>" for name, total in sums.items() if total
     )
