@@ -41,8 +41,8 @@ METRICS: dict[str, Meaning] = {
     "loss/nll": Meaning(
         "nats",
         "mean",
-        "negative log-likelihood: SFT's, a trained token; with algorithm.loss.nll that of a chosen completion, a token or "
-        "a sequence (algorithm.loss.nll_per)",
+        "negative log-likelihood: SFT's, a trained token; with algorithm.loss.nll that of a chosen completion, a token "
+        "or a sequence (algorithm.loss.nll_per)",
     ),
     "rewards/chosen": Meaning(
         "-",
