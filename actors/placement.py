@@ -53,7 +53,7 @@ def start(cluster: Cluster, roles: Mapping[str, Role]) -> bool:
     if ray.is_initialized():
         return False
     if cluster.address != "local":
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         return False
     demand = demand_of(roles)
     ray.init(
@@ -62,7 +62,7 @@ def start(cluster: Cluster, roles: Mapping[str, Role]) -> bool:
         object_store_memory=int(cluster.object_store_gib * GIB),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
     return True
 

@@ -111,6 +111,9 @@ def run(
     start = _where_to_start(run_dir, observer)
     first = start.updates if start else 0
     folder = start.folder if start else None
+    if first >= config.loop.num_steps and not _misses_evaluation(config, run_dir, prompts):
+        observer.note(f"all {config.loop.num_steps} steps are done")
+        return "done"
     order = Order(draw(config), cluster, run_dir.absolute(), prompts, folder, first, stop, observer.note)
     # Ray puts its own handlers in place when it starts, so ours go on top of them.
     with _team(order, in_process) as (team, source), stop.listening():
@@ -124,6 +127,12 @@ def run(
             record.save(updates)
             return "interrupted"
     return "done"
+
+
+def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: PromptSet) -> bool:
+    """Whether the run was ended between its last checkpoint and its last evaluation."""
+    recorded = {row["step"] for row in read_jsonl(run_dir / EVALUATIONS_FILE)}
+    return bool(prompts.heldout_prompts()) and config.loop.num_steps not in recorded
 
 
 def _where_to_start(run_dir: Path, observer: Observer) -> checkpoint.Checkpoint | None:

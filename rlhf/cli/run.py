@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf.cli.before_after import before_and_after
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
@@ -44,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     observer = default_observer(run_dir, console)
     observer.note(prompts.describe())
     outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
-    return DONE if outcome == "done" else INTERRUPTED
+    if outcome == "interrupted":
+        return INTERRUPTED
+    print(before_and_after(run_dir))
+    return DONE
 
 
 def _train(

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Dtype, LoraConfig, ModelConfig
 from rlhf.errors import BadInput
@@ -35,10 +36,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
 def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0.
 
-    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an attention
-    implementation that the model does not have, or tensors that the folder lacks (transformers would fill them with
-    random numbers).
+    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an
+    attention implementation that the model does not have, or tensors that the folder lacks (transformers would fill
+    them with random numbers).
     """
+    transformers_logging.disable_progress_bar()  # it would tear the run's own display, and a load takes seconds
     folder = resolve(config.name)
     settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
     if settings.is_encoder_decoder:
