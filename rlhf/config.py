@@ -227,16 +227,41 @@ class LearnerConfig(Section):
 
 
 class RewardConfig(Section):
-    """What is good: a Python function."""
+    """What is good: a Python function or a reward model, one of the two."""
 
-    function: str = Field(
+    function: str | None = Field(
+        default=None,
         description="`package.module:name` or `path/to/file.py:name`: "
-        "f(prompts, completions, **columns) -> list[float | None]"
+        "f(prompts, completions, **columns) -> list[float | None]",
     )
-    timeout_s: PositiveFloat = Field(default=60.0, description="time limit of one call, which scores one group")
+    model: str | None = Field(
+        default=None, description="a reward model (sequence classifier with one label): a local folder or a hub name"
+    )
+    timeout_s: PositiveFloat = Field(
+        default=60.0, description="with `function`: time limit of one call, which scores one group"
+    )
     isolate: bool = Field(
-        default=True, description="run it in a worker process; false: in this one, for a debugger, without limit"
+        default=True,
+        description="with `function`: run it in a worker process; false: in this one, for a debugger, without limit",
     )
+    dtype: Dtype = Field(default="float32", description="with `model`: precision of the reward model")
+    read_at: Literal["eos", "end"] = Field(
+        default="eos",
+        description="with `model`: the token that is scored: the EOS behind the answer (reward models trained here), "
+        "or the last of what the model's chat template writes",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.function is None) == (self.model is None):
+            found = "neither is set" if self.function is None else "both are set"
+            raise ValueError(f"exactly one of function and model says what is good; {found}")
+        idle = {"dtype", "read_at"} if self.model is None else {"timeout_s", "isolate"}
+        ignored = [key for key, value in self if key in idle and value != type(self).model_fields[key].default]
+        if ignored:
+            other, this = ("model", "function") if self.model is None else ("function", "model")
+            raise ValueError(f"{' and '.join(ignored)} would do nothing: with {this} set there is no reward {other}")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -14,20 +14,26 @@ from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
 from rlhf.judges.reward_function import check_reward_function
 from rlhf.models.resolve import check_model, resolve
+from rlhf.models.score_head import check_reward_model
 
 
 def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
-    """Engines, cluster file against run file, the rows' prompt column, the reward function, the model's files."""
+    """Engines, cluster file against run file, the rows' prompt column, reward function or model, the model's files."""
     _check_engines(config)
     _check_cluster(config, cluster)
     for record in load_rows(config.data):
         content_of(record, config.data.prompt_column)
-    check_reward_function(config.reward.function)
+    if config.reward.function is not None:
+        check_reward_function(config.reward.function)
+    if config.reward.model is not None:
+        check_reward_model(config.reward.model, fetch=False)
     check_model(config.model.name)
 
 
 def check_prompts(config: RunConfig) -> PromptSet:
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts."""
+    if config.reward.model is not None:
+        check_reward_model(config.reward.model, fetch=True)
     prompts = PromptSet.load(config)
     _check_context(config, prompts)
     return prompts

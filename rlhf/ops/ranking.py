@@ -20,7 +20,7 @@ class Pairs(NamedTuple):
 
 
 def ranked_pairs(ranks: Tensor, unit: Tensor) -> Pairs:
-    """All pairs of rows of a unit with different ranks: (R,) float, (R,) int64 -> Pairs; C(K, 2) a unit without ties."""
+    """All pairs of rows of a unit with different ranks, (R,) float and (R,) int64: C(K, 2) a unit without ties."""
     preferred = (unit[:, None] == unit[None, :]) & (ranks[:, None] < ranks[None, :])
     better, worse = preferred.nonzero(as_tuple=True)
     of_unit = (unit[better][:, None] == unit[better][None, :]).sum(dim=1)
