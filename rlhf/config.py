@@ -95,7 +95,24 @@ class ReinforceConfig(Section):
     )
 
 
-AlgorithmConfig = Annotated[RlooConfig | ReinforceConfig, Discriminator("name")]
+class RewardModelConfig(Section):
+    """A reward model: Bradley-Terry on ranked answers (arXiv 2203.02155, section 3.5)."""
+
+    name: Literal["reward_model"] = Field(description="which algorithm")
+    centring: NonNegativeFloat = Field(
+        default=0.0, description="weight of (r_w + r_l)^2, which holds scores around 0; 0: they drift freely"
+    )
+    margin_column: str | None = Field(
+        default=None, description="column of the data: by how much the preferred answer must score higher"
+    )
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """All answers to a prompt are one unit of the batch."""
+        return 1
+
+
+AlgorithmConfig = Annotated[RlooConfig | ReinforceConfig | RewardModelConfig, Discriminator("name")]
 
 
 class DataConfig(Section):
@@ -294,9 +311,17 @@ class RunConfig(Section):
             and "zero_stage" in self.learner.model_fields_set
         ):
             raise ValueError("learner.zero_stage is DeepSpeed's: with learner.engine=torch nothing is sharded")
+        if isinstance(self.algorithm, RewardModelConfig):
+            self._fits_a_reward_model()
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} is more than the samples of a step "
                 f"({self.loop.groups_per_step} groups x {self.algorithm.samples_per_prompt})"
             )
         return self
+
+    def _fits_a_reward_model(self) -> None:
+        if self.model.lora is not None:
+            raise ValueError("model.lora: a reward model is trained whole, a new head would be frozen; leave it out")
+        if self.learner.packing:
+            raise ValueError("learner.packing: a reward model's rows are padded; use false")

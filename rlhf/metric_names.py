@@ -36,6 +36,12 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/bradley_terry": Meaning("nats", "mean", "reward models: -log sigma(r_w - r_l - margin), over prompts"),
+    "loss/centring": Meaning("reward squared", "mean", "reward models: (r_w + r_l)^2 before its coefficient"),
+    "rewards/chosen": Meaning("reward", "mean", "score of the preferred answer, over pairs, each prompt counting once"),
+    "rewards/rejected": Meaning("reward", "mean", "the same of the other answer"),
+    "rewards/margins": Meaning("reward", "mean", "score of the preferred answer minus that of the other"),
+    "rewards/accuracies": Meaning("share of pairs", "mean", "pairs whose preferred answer scores higher; ties do not"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "clip/fraction": Meaning(
         "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"

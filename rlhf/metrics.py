@@ -1,7 +1,7 @@
 """Metrics that carry their own reducer, so that no reader has to guess from a name how to combine them.
 
 A metric is measured in pieces (micro-batches, ranks, groups) and merged; only `value` divides. Names are listed and
-explained in `docs/metrics.md`. """
+explained in `docs/metrics.md`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Random numbers are addressed, not drawn: a seed is a hash of what it is for.
 
 The same address gives the same seed in every process, on every machine and after every restart, so arrival order,
-pool size and restarts do not change a result. Nothing here touches a global generator. """
+pool size and restarts do not change a result. Nothing here touches a global generator."""
 
 import hashlib
 

@@ -13,7 +13,7 @@ from rlhf.metric_names import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 # First words of metric names.
-FAMILIES = "advantage|clip|completion|faults|group|groups|kl|loss|mismatch|reward|staleness|sync|time|tokens"
+FAMILIES = "advantage|clip|completion|faults|group|groups|kl|loss|mismatch|reward|rewards|staleness|sync|time|tokens"
 
 
 @pytest.mark.parametrize("page", ["configuration.md", "metrics.md"])

@@ -7,7 +7,7 @@ import importlib.util
 import json
 
 from rlhf.cluster import Cluster
-from rlhf.config import RunConfig
+from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.data.conversations import content_of
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
@@ -19,6 +19,11 @@ from rlhf.models.score_head import check_reward_model
 
 def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' prompt column, reward function or model, the model's files."""
+    if isinstance(config.algorithm, RewardModelConfig):
+        raise BadInput(
+            "algorithm.name=reward_model trains on ranked answers, and a run has no source for data sets of them yet; "
+            "docs/algorithms/reward_model.md shows how to train one from Python"
+        )
     _check_engines(config)
     _check_cluster(config, cluster)
     for record in load_rows(config.data):

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from rlhf import metrics
-from rlhf.algorithms import Algorithm, RunState
+from rlhf.algorithms import Algorithm, RunState, ScoreAlgorithm
 from rlhf.blueprint import needs_old_logprobs
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, Columns, Floats, Group, TrainBatch
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
-from rlhf.learner.collate import collate
+from rlhf.learner.collate import Collated, collate
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
@@ -28,7 +28,8 @@ from rlhf.learner.reach import GradientReach
 from rlhf.learner.schedule import learning_rate
 from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
-from rlhf.models.policy import probe_inputs
+from rlhf.models.policy import PolicyModel, probe_inputs
+from rlhf.ops.microbatch import LossSums, Outputs
 from rlhf.weights import Probe, Weights, pack, probe_ids
 
 STATE_FILE = "learner.json"
@@ -41,7 +42,12 @@ class PolicyLearner:
     """
 
     def __init__(
-        self, config: RunConfig, algorithm: Algorithm, rank: int, world_size: int, meeting_point: str | None
+        self,
+        config: RunConfig,
+        algorithm: Algorithm | ScoreAlgorithm,
+        rank: int,
+        world_size: int,
+        meeting_point: str | None,
     ) -> None:
         self._config, self._algorithm = config, algorithm
         self._rank, self._world_size, self._meeting_point = rank, world_size, meeting_point
@@ -49,7 +55,7 @@ class PolicyLearner:
         self._state: RunState = algorithm.initial_state
         self._next_state: RunState = self._state
         self._measured: Metrics = {}
-        self._fills_old = needs_old_logprobs(config)
+        self._fills_old = isinstance(algorithm, Algorithm) and needs_old_logprobs(config)
         self._fills_reference = config.model.lora is not None and REF_LOGPROBS in algorithm.needs
 
     @property
@@ -77,7 +83,7 @@ class PolicyLearner:
             filled[OLD_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
             self._measured = share.mismatch(filled[OLD_LOGPROBS], self._version)
         if self._fills_reference:
-            with self._engine.policy.without_adapter():
+            with self._policy.without_adapter():
                 filled[REF_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
         return [
             Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
@@ -110,7 +116,7 @@ class PolicyLearner:
         return metrics.merge(parts)
 
     def publish(self) -> Weights | None:
-        """The current version, with the learner's own log-probabilities of the probe; None on ranks above 0."""
+        """The current version, with the learner's own log-probs (or scores) of the probe; None on ranks above 0."""
         logprobs = self._probe()
         if self._rank > 0:
             for _ in published_tensors(self._engine):
@@ -149,11 +155,25 @@ class PolicyLearner:
         """Leaves the process group and drops gradients."""
         self._engine.close()
 
+    @property
+    def _policy(self) -> PolicyModel:
+        if not isinstance(self._engine.policy, PolicyModel):
+            raise TypeError(f"a {type(self._engine.policy).__name__} has no log-probabilities")
+        return self._engine.policy
+
+    def _loss(self, collated: Collated) -> tuple[Outputs | None, LossSums]:
+        """One forward pass and the algorithm's sums; a model with a scalar head has no log-probabilities to show."""
+        answers = self._engine.forward(collated.inputs)
+        if isinstance(self._algorithm, ScoreAlgorithm):
+            return None, self._algorithm.loss(collated.scores(*answers), collated.batch)
+        outputs = collated.outputs(*answers)
+        return outputs, self._algorithm.loss(outputs, collated.batch)
+
     def _probe(self) -> Floats:
         inputs = probe_inputs(self._engine.policy.base.config.vocab_size)
         with torch.no_grad():
-            logprobs, _ = self._engine.forward(inputs.to(self._engine.device))
-        return logprobs.cpu().numpy().astype(np.float32)
+            answers = self._engine.forward(inputs.to(self._engine.device))
+        return answers[0].cpu().numpy().astype(np.float32)
 
     def _optimize(self, units: Sequence[Unit], batch: TrainBatch, done: int) -> Metrics:
         """One optimizer step over these units on all ranks."""
@@ -177,13 +197,14 @@ class PolicyLearner:
         """Adds one micro-batch's gradient, divided by the global count, and says what was seen on the way."""
         collated = collate(micro, columns, packed=self._config.learner.packing).to(self._engine.device)
         batch = collated.batch
-        outputs = collated.outputs(*self._engine.forward(collated.inputs))
-        sums = self._algorithm.loss(outputs, batch)
+        outputs, sums = self._loss(collated)
         self._engine.backward(sums.loss / count)
         trained = int(batch.mask.sum())
         measured = {name: metrics.mean(float(value), float(over)) for name, (value, over) in sums.means.items()}
-        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), trained)
         measured["tokens/trained"] = metrics.total(trained)
+        if outputs is None:
+            return measured
+        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), trained)
         if measure and BEHAVIOR_LOGPROBS in columns:
             measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
         return measured

@@ -129,6 +129,7 @@ def start_score_model(config: ModelConfig, dtype: Dtype, run_seed: int) -> PreTr
     (arXiv 2403.17031); a bias starts at 0. Raises BadInput when anything but the head is missing.
     """
     model, missing = _load(config, dtype)
+    model.config.architectures = [type(model).__name__]  # what a saved folder says it is
     if not missing:
         return model
     trunk = f"{model.base_model_prefix}."
@@ -172,6 +173,8 @@ def _load(config: ModelConfig, dtype: Dtype) -> tuple[PreTrainedModel, list[str]
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.train(False)
+    if config.attention == "flash_attention_2":  # exists on GPUs only
+        model.to("cuda")  # type: ignore[arg-type]
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     return model, missing
 
