@@ -13,13 +13,15 @@ from rlhf.weights import Receipt, Weights
 
 @dataclass(slots=True)
 class _Errand:
+    """A task, its results once it was begun, and the prompts that have not come yet."""
+
     task: Task
-    results: Iterator[tuple[int, Any]]
+    results: Iterator[tuple[int, Any]] | None
     missing: set[int]
 
 
 class LocalWorkers:
-    """One worker in this process. Its work happens inside `collect`, one result a call; `timeout_s` is not needed."""
+    """One worker in this process. Its work happens inside `collect`, one result a call, so a timeout is not needed."""
 
     def __init__(
         self,
@@ -29,36 +31,47 @@ class LocalWorkers:
     ) -> None:
         self._name, self._work, self._load = name, work, load
         self._errands: deque[_Errand] = deque()
+        self._finished: deque[Result] = deque()
 
     def submit(self, task: Task) -> None:
-        self._errands.append(_Errand(task, self._work(task.payload), set(task.prompt_ids)))
+        self._errands.append(_Errand(task, None, set(task.prompt_ids)))
 
     def collect(self, timeout_s: float) -> list[Result]:
-        if not self._errands:
-            return []
-        errand, before = self._errands[0], time.monotonic()
-        prompt_id, value = next(errand.results)
-        errand.missing.discard(prompt_id)
-        if not errand.missing:
-            self._errands.popleft()
-        return [Result(errand.task.number, (prompt_id,), value, None, self._name, time.monotonic() - before)]
+        if self._finished:
+            return [self._finished.popleft()]
+        return [self._advance()] if self._errands else []
 
     def room(self) -> int:
-        return 0 if self._errands else 1
+        return 0 if self._errands or self._finished else 1
 
     def holding(self) -> list[str]:
         return [f"{self._name} holds prompts {sorted(errand.missing)}" for errand in self._errands]
 
     def load(self, weights: Handle) -> list[Receipt]:
+        """Finishes the task that was begun, as an actor would, before the weights change under it."""
+        while self._errands and self._errands[0].results is not None:
+            self._finished.append(self._advance())
         return [self._load(weights)] if self._load else []
 
     def fetch(self, handle: Handle) -> Any:
         return handle
 
+    def _advance(self) -> Result:
+        """The next result of the oldest task."""
+        errand, before = self._errands[0], time.monotonic()
+        if errand.results is None:
+            errand.results = self._work(errand.task.payload)
+        prompt_id, value = next(errand.results)
+        errand.missing.discard(prompt_id)
+        if not errand.missing:
+            next(errand.results, None)  # lets a generator end, and with it the engine's call
+            self._errands.popleft()
+        return Result(errand.task.number, (prompt_id,), value, None, self._name, time.monotonic() - before)
+
 
 def answers(generator: Generator, request: Request) -> Iterator[tuple[int, Group]]:
-    groups = generator.generate(request.prompts, request.sampling, request.samples_per_prompt, request.purpose)
-    return ((group.prompt.id, group) for group in groups)
+    for group in generator.generate(request.prompts, request.sampling, request.samples_per_prompt, request.purpose):
+        yield group.prompt.id, group
 
 
 def judgement(judge: Judge, group: Group) -> Iterator[tuple[int, Any]]:

@@ -192,3 +192,16 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") 
 def test_every_process_here_keeps_off_the_network() -> None:
     """What conftest.py sets must reach the runs that these tests start."""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.slow
+def test_a_run_directory_belongs_to_one_run_at_a_time(workplace: Path) -> None:
+    """The second run is refused; after a SIGKILL the directory is free again."""
+    command = [*RLHF, "run", "plain.yaml", "--in-process", "--run-dir", "shared", "loop.num_steps=500"]
+    first = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (workplace / "shared/metrics.jsonl").exists() and bool(rows(workplace / "shared")), first)
+    second = rlhf(workplace, *command[3:])
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert second.returncode == 2 and f"process {first.pid}" in second.stderr
+    done(rlhf(workplace, *command[3:-1], f"loop.num_steps={len(rows(workplace / 'shared')) + 1}"))

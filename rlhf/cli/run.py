@@ -11,7 +11,7 @@ from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
 from rlhf.cli.progress import RichProgress
-from rlhf.cli.run_directory import check_directory, settle
+from rlhf.cli.run_directory import check_directory, held, settle
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
     observer.note(prompts.describe())
-    outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
+    with held(run_dir):
+        outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
     if outcome == "interrupted":
         return INTERRUPTED
     print(before_and_after(run_dir))
@@ -60,6 +61,8 @@ def _train(
     outcome: Outcome = "failed"
     try:
         outcome = launch.run(config, cluster, run_dir, prompts, in_process=in_process, observer=observer)
+    except KeyboardInterrupt:  # while the team was set up, or a second Ctrl-C
+        outcome = "interrupted"
     finally:
         report = write_report(run_dir)
         continuing = "; the same command goes on with it" if outcome == "interrupted" else ""

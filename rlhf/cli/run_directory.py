@@ -1,5 +1,9 @@
 """The run directory before a run: new, to be gone on with, or to be moved aside. Nothing is ever deleted here."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -12,6 +16,7 @@ from rlhf.observers import replace_durably
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.yaml"
+LOCK_FILE = ".lock"
 
 # Keys that may change when a run is gone on with: none of them changes a step that is already history.
 MAY_CHANGE = (
@@ -49,6 +54,26 @@ def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         there = ", ".join(sorted(path.name for path in run_dir.iterdir())[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory: one run at a time. Raises BadInput, naming the process, when another one has it.
+
+    The lock is the kernel's and ends with the process, however that ends."""
+    with (run_dir / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BadInput(
+                f"--run-dir {run_dir}: is being run by process {file.read().strip() or 'unknown'}. Next: wait for it, "
+                "stop it, or choose another --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def read_config(run_dir: Path) -> RunConfig:
