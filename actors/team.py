@@ -16,8 +16,8 @@ from actors.rollout import RolloutActor
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Role
 from rlhf.experience import REF_LOGPROBS, REWARD
+from rlhf.judges.build import build_reward_judge
 from rlhf.judges.reference import ReferenceJudge
-from rlhf.judges.reward_function import RewardFunctionJudge
 from rlhf.loop import Team
 from rlhf.sources import JudgeDesk, PolicySource
 from rlhf.team import MAX_ATTEMPTS, Order, assemble, dataset_workers, examines, pins
@@ -117,7 +117,7 @@ def _hire_judges(order: Order, crew: _Crew) -> Sequence[tuple[str, frozenset[str
 
     judges = []
     if config.reward is not None:
-        judges.append(("reward", frozenset({REWARD}), hosts(cluster.reward, RewardFunctionJudge, config.reward)))
+        judges.append(("reward", frozenset({REWARD}), hosts(cluster.reward, build_reward_judge, config)))
     if order.blueprint.reference_judge:
         judges.append(("reference", frozenset({REF_LOGPROBS}), hosts(cluster.reference, ReferenceJudge, config)))
     return judges

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlhf.algorithms import Algorithm
+from rlhf.algorithms import Algorithm, ScoreAlgorithm
 from rlhf.algorithms.table import build
 from rlhf.config import OnlineDpoConfig, RsoConfig, RunConfig
 from rlhf.experience import REF_LOGPROBS, Sampling
@@ -22,7 +22,7 @@ class Blueprint:
     step itself. samples, whether a policy is sampled; otherwise groups are rows of the data."""
 
     config: RunConfig
-    algorithm: Algorithm
+    algorithm: Algorithm | ScoreAlgorithm
     demand: Demand
     judged: frozenset[str]
     reference_judge: bool

@@ -34,7 +34,11 @@ from rlhf.config_section import Section as Section
 
 RecordKind = Literal["prompts", "preferences", "demonstrations"]
 # What an algorithm is trained on, by its name; those that are not named here answer prompts with the policy.
-TRAINED_ON: Mapping[str, RecordKind] = {"sft": "demonstrations", "dpo": "preferences"}
+TRAINED_ON: Mapping[str, RecordKind] = {
+    "sft": "demonstrations",
+    "dpo": "preferences",
+    "reward_model": "preferences",
+}
 
 
 class LoraConfig(Section):
@@ -72,6 +76,23 @@ class SftConfig(Section):
         return 1
 
 
+class RewardModelConfig(Section):
+    """A reward model: Bradley-Terry on ranked answers (arXiv 2203.02155, section 3.5)."""
+
+    name: Literal["reward_model"] = Field(description="which algorithm")
+    centring: NonNegativeFloat = Field(
+        default=0.0, description="weight of (r_w + r_l)^2, which holds scores around 0; 0: they drift freely"
+    )
+    margin_column: str | None = Field(
+        default=None, description="column of the data: by how much the preferred answer must score higher"
+    )
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """All answers to a prompt are one unit of the batch."""
+        return 1
+
+
 AlgorithmConfig = Annotated[
     RlooConfig
     | ReinforceConfig
@@ -80,6 +101,7 @@ AlgorithmConfig = Annotated[
     | ReinforcePlusPlusBaselineConfig
     | RaftConfig
     | SftConfig
+    | RewardModelConfig
     | DpoConfig
     | OnlineDpoConfig
     | RsoConfig,
@@ -234,16 +256,41 @@ class LearnerConfig(Section):
 
 
 class RewardConfig(Section):
-    """What is good: a Python function."""
+    """What is good: a Python function or a reward model, one of the two."""
 
-    function: str = Field(
+    function: str | None = Field(
+        default=None,
         description="`package.module:name` or `path/to/file.py:name`: "
-        "f(prompts, completions, **columns) -> list[float | None]"
+        "f(prompts, completions, **columns) -> list[float | None]",
     )
-    timeout_s: PositiveFloat = Field(default=60.0, description="time limit of one call, which scores one group")
+    model: str | None = Field(
+        default=None, description="a reward model (sequence classifier with one label): a local folder or a hub name"
+    )
+    timeout_s: PositiveFloat = Field(
+        default=60.0, description="with `function`: time limit of one call, which scores one group"
+    )
     isolate: bool = Field(
-        default=True, description="run it in a worker process; false: in this one, for a debugger, without limit"
+        default=True,
+        description="with `function`: run it in a worker process; false: in this one, for a debugger, without limit",
     )
+    dtype: Dtype = Field(default="float32", description="with `model`: precision of the reward model")
+    read_at: Literal["eos", "end"] = Field(
+        default="eos",
+        description="with `model`: the token that is scored: the EOS behind the answer (reward models trained here), "
+        "or the last of what the model's chat template writes",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.function is None) == (self.model is None):
+            found = "neither is set" if self.function is None else "both are set"
+            raise ValueError(f"exactly one of function and model says what is good; {found}")
+        idle = {"dtype", "read_at"} if self.model is None else {"timeout_s", "isolate"}
+        ignored = [key for key, value in self if key in idle and value != type(self).model_fields[key].default]
+        if ignored:
+            other, this = ("model", "function") if self.model is None else ("function", "model")
+            raise ValueError(f"{' and '.join(ignored)} would do nothing: with {this} set there is no reward {other}")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -313,9 +360,17 @@ class RunConfig(Section):
             and "zero_stage" in self.learner.model_fields_set
         ):
             raise ValueError("learner.zero_stage is DeepSpeed's: with learner.engine=torch nothing is sharded")
+        if isinstance(self.algorithm, RewardModelConfig):
+            self._fits_a_reward_model()
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} is more than the samples of a step "
                 f"({self.loop.groups_per_step} groups x {self.algorithm.samples_per_prompt})"
             )
         return self
+
+    def _fits_a_reward_model(self) -> None:
+        if self.model.lora is not None:
+            raise ValueError("model.lora: a reward model is trained whole, a new head would be frozen; leave it out")
+        if self.learner.packing:
+            raise ValueError("learner.packing: a reward model's rows are padded; use false")

@@ -24,17 +24,20 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
     """The run file with the overrides applied, checked, its relative paths made absolute.
 
-    A relative `data.path`, `model.name` or file of `reward.function` is looked for below the current directory, then
-    below the run file's folder; what is in neither stays as it is (a hub name, an import path, or its reader's error).
+    A relative `data.path`, `model.name`, `reward.model` or file of `reward.function` is looked for below the current
+    directory, then below the run file's folder; what is in neither stays as it is (a hub name, an import path, or its
+    reader's error).
     """
     config = _load(path, overrides, RunConfig)
     folders = (Path.cwd(), path.resolve().parent)
     model, data, reward = config.model, config.data, config.reward
     if reward is not None:
-        file, colon, name = reward.function.rpartition(":")
+        file, colon, name = (reward.function or "").rpartition(":")
         if file.endswith(".py"):
             reward = reward.model_copy(update={"function": _absolute(file, folders) + colon + name})
-    if "/" in model.name or model.name.startswith((".", "~")):
+        if reward.model is not None and _is_path(reward.model):
+            reward = reward.model_copy(update={"model": _absolute(reward.model, folders)})
+    if _is_path(model.name):
         model = model.model_copy(update={"name": _absolute(model.name, folders)})
     data = data.model_copy(update={"path": _absolute(data.path, folders)})
     return config.model_copy(update={"model": model, "data": data, "reward": reward})
@@ -105,6 +108,11 @@ def _put(data: dict[str, Any], key: str, value: Any, override: str) -> None:
             above = ".".join(parents[:depth])
             raise BadInput(f"override '{override}': {above} is {place!r}, which has no keys below it")
     place[last] = value
+
+
+def _is_path(name: str) -> bool:
+    """Whether a model's name may be a folder; a hub name may look like one."""
+    return "/" in name or name.startswith((".", "~"))
 
 
 def _absolute(name: str, folders: Sequence[Path]) -> str:

@@ -12,8 +12,8 @@ from rlhf.buffer.store import ExperienceBuffer
 from rlhf.experience import REF_LOGPROBS, REWARD, Group, TrainBatch, fill_in
 from rlhf.generation.build import build_generator
 from rlhf.interfaces import Judge, Published
+from rlhf.judges.build import build_reward_judge
 from rlhf.judges.reference import ReferenceJudge
-from rlhf.judges.reward_function import RewardFunctionJudge
 from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team
 from rlhf.metrics import Metrics
@@ -91,6 +91,6 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
 def _judges(order: Order) -> Iterator[tuple[str, frozenset[str], Judge]]:
     config = order.blueprint.config
     if config.reward is not None:
-        yield "reward", frozenset({REWARD}), RewardFunctionJudge(config.reward)
+        yield "reward", frozenset({REWARD}), build_reward_judge(config)
     if order.blueprint.reference_judge:
         yield "reference", frozenset({REF_LOGPROBS}), ReferenceJudge(config)

@@ -37,6 +37,8 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/bradley_terry": Meaning("nats", "mean", "reward models: -log sigma(r_w - r_l - margin), over prompts"),
+    "loss/centring": Meaning("reward squared", "mean", "reward models: (r_w + r_l)^2 before its coefficient"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "loss/preference": Meaning("-", "mean", "the preference loss of a pair, without the added NLL"),
     "loss/nll": Meaning(
@@ -46,14 +48,15 @@ METRICS: dict[str, Meaning] = {
         "that of a chosen completion, a token or a sequence (algorithm.loss.nll_per)",
     ),
     "rewards/chosen": Meaning(
-        "-",
+        "reward",
         "mean",
-        "implicit reward of the chosen completion: algorithm.loss.beta times its log-ratio to the reference",
+        "of the preferred answer of a pair: its implicit reward (algorithm.loss.beta times its log-ratio to the "
+        "reference), or a reward model's score",
     ),
-    "rewards/rejected": Meaning("-", "mean", "the same of the rejected completion"),
-    "rewards/margins": Meaning("-", "mean", "implicit reward of the chosen minus that of the rejected completion"),
+    "rewards/rejected": Meaning("reward", "mean", "the same of the other answer"),
+    "rewards/margins": Meaning("reward", "mean", "that of the preferred answer minus that of the other"),
     "rewards/accuracies": Meaning(
-        "share of pairs", "mean", "pairs whose margin is above 0; 0 at step 0, where it is 0"
+        "share of pairs", "mean", "pairs whose margin is above 0; ties do not count, so it is 0 where all margins are 0"
     ),
     "rewards/longer_agreement": Meaning(
         "-1 to 1", "mean", "sign of the margin times sign of the length difference; see below"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf.experience import Group, TrainBatch
-from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
+from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs, Scores
 
 RunState = Mapping[str, float]
 
@@ -21,3 +21,12 @@ class Algorithm(NamedTuple):
     initial_state: RunState
     prepare: Callable[[Sequence[Group], RunState], tuple[TrainBatch, RunState]]
     loss: Callable[[Outputs, MicroBatch], LossSums]
+
+
+class ScoreAlgorithm(NamedTuple):
+    """The same for a model with a scalar head: its loss reads scores instead of log-probabilities."""
+
+    needs: frozenset[str]
+    initial_state: RunState
+    prepare: Callable[[Sequence[Group], RunState], tuple[TrainBatch, RunState]]
+    loss: Callable[[Scores, MicroBatch], LossSums]

@@ -2,12 +2,14 @@
 
 from rlhf.algorithms import (
     Algorithm,
+    ScoreAlgorithm,
     dpo,
     grpo,
     online_dpo,
     raft,
     reinforce,
     reinforce_plus_plus,
+    reward_model,
     rloo,
     rso,
     sft,
@@ -21,13 +23,14 @@ from rlhf.config import (
     ReinforceConfig,
     ReinforcePlusPlusBaselineConfig,
     ReinforcePlusPlusConfig,
+    RewardModelConfig,
     RlooConfig,
     RsoConfig,
     SftConfig,
 )
 
 
-def build(config: AlgorithmConfig) -> Algorithm:
+def build(config: AlgorithmConfig) -> Algorithm | ScoreAlgorithm:  # noqa: C901  one case an algorithm
     """The algorithm that `algorithm.name` of the run file stands for, with its settings."""
     match config:
         case RlooConfig():
@@ -48,3 +51,5 @@ def build(config: AlgorithmConfig) -> Algorithm:
             return online_dpo.build(config)
         case RsoConfig():
             return rso.build(config)
+        case RewardModelConfig():
+            return reward_model.build(config)

@@ -16,13 +16,14 @@ from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
 from rlhf.judges.reward_function import check_reward_function
 from rlhf.models.resolve import check_model, resolve
+from rlhf.models.score_head import check_reward_model
 
 if TYPE_CHECKING:
     from rlhf.team import Prompts
 
 
 def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
-    """Engines, cluster file against run file, the rows' columns, the reward function, the model's files."""
+    """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
     _check_cluster(config, cluster)
     records = load_rows(config.data)
@@ -31,14 +32,19 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
             content_of(record, config.data.prompt_column)
     else:
         read_examples(records, config.data, config.records)
-    if config.reward is not None:
-        check_reward_function(config.reward.function)
+    reward = config.reward
+    if reward is not None and reward.function is not None:
+        check_reward_function(reward.function)
+    if reward is not None and reward.model is not None:
+        check_reward_model(reward.model, fetch=False)
     check_model(config.model.name)
 
 
 def check_prompts(config: RunConfig) -> "Prompts":
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts, or
     the preferences or demonstrations."""
+    if config.reward is not None and config.reward.model is not None:
+        check_reward_model(config.reward.model, fetch=True)
     if config.records == "prompts":
         prompts: Prompts = PromptSet.load(config)
     else:

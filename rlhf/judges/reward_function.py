@@ -50,7 +50,9 @@ class RewardFunctionJudge:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self._config = config
+        if config.function is None:
+            raise ValueError("reward.function is not set: the run file names a reward model")
+        self._config, self._name = config, config.function
         self._function: RewardFunction | None = None
         self._worker: WorkerProcess | None = None
 
@@ -60,7 +62,7 @@ class RewardFunctionJudge:
             self._worker = self._start()
             return
         try:
-            self._function = load_function(self._config.function)
+            self._function = load_function(self._name)
         except FunctionNotFound as error:
             raise BadInput(f"reward.function: {error}") from error
 
@@ -88,14 +90,14 @@ class RewardFunctionJudge:
             self._worker = None
 
     def _start(self) -> WorkerProcess:
-        worker = WorkerProcess(self._config.function)
+        worker = WorkerProcess(self._name)
         missing: str | None
         try:
             missing = worker.wait_ready(IMPORT_TIMEOUT_S)
         except TimeoutError:
-            missing = f"importing {self._config.function!r} took more than {IMPORT_TIMEOUT_S:g} s"
+            missing = f"importing {self._name!r} took more than {IMPORT_TIMEOUT_S:g} s"
         except WorkerGone as gone:
-            missing = f"importing {self._config.function!r} ended its process with {gone.status}"
+            missing = f"importing {self._name!r} ended its process with {gone.status}"
         if missing is not None:
             worker.kill()
             raise BadInput(f"reward.function: {missing}")
@@ -135,7 +137,7 @@ class RewardFunctionJudge:
     def _failed(self, group: Group, what: str) -> JudgeFailed:
         samples = "\n".join(f"  sample {s.index}: {_shortened(s.text)!r}" for s in group.samples)
         return JudgeFailed(
-            f"reward function {self._config.function} {what}\n"
+            f"reward function {self._name} {what}\n"
             f"prompt {group.prompt.id} (row {group.prompt.row}): {_shortened(group.prompt.text)!r}\n{samples}"
         )
 

@@ -1,22 +1,21 @@
 """Builds the engine that a run file names, with its policy. DeepSpeed is imported only when it is asked for."""
 
 import torch
+from transformers import PreTrainedModel
 
-from rlhf.config import RunConfig
+from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.errors import BadInput
-from rlhf.learner.engine import Engine
+from rlhf.learner.engine import Engine, TrainedModel
 from rlhf.learner.torch_engine import TorchEngine
 from rlhf.models.load import add_lora, load_model
 from rlhf.models.policy import PolicyModel
+from rlhf.models.score import ScoreModel, start_score_model
 
 
 def build_policy(config: RunConfig) -> PolicyModel:
     """The trainable policy on the CPU: the whole model, or its frozen base with adapters."""
     model = load_model(config.model, config.learner.dtype)
-    if config.model.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise BadInput(f"model.gradient_checkpointing: {type(model).__name__} cannot do it; use false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _save_memory(model, config)
     lora = config.model.lora
     policy = PolicyModel(model if lora is None else add_lora(model, lora, config.seed), config.learner.logit_chunk)
     if config.learner.packing:
@@ -24,9 +23,24 @@ def build_policy(config: RunConfig) -> PolicyModel:
     return policy
 
 
+def build_scorer(config: RunConfig) -> ScoreModel:
+    """The reward model to train, on the CPU: a new head on a language model's trunk, or a reward model as it is."""
+    model = start_score_model(config.model, config.learner.dtype, config.seed)
+    _save_memory(model, config)
+    return ScoreModel(model, "token")
+
+
+def _save_memory(model: PreTrainedModel, config: RunConfig) -> None:
+    if config.model.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise BadInput(f"model.gradient_checkpointing: {type(model).__name__} cannot do it; use false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: str | None) -> Engine:
     """The engine of this rank. meeting_point is host:port of rank 0, None with one rank."""
-    policy = build_policy(config)
+    scores = isinstance(config.algorithm, RewardModelConfig)
+    policy: TrainedModel = build_scorer(config) if scores else build_policy(config)
     if config.learner.engine == "torch":
         if world_size != 1:
             raise BadInput(

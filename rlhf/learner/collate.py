@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.experience import Row
 from rlhf.learner.plan import Unit
 from rlhf.models.policy import ModelInputs
-from rlhf.ops.microbatch import MicroBatch, Outputs
+from rlhf.ops.microbatch import MicroBatch, Outputs, Scores
 
 PAD_ID = 0  # never seen: attention and loss masks are false there
 
@@ -41,6 +41,10 @@ class Collated(NamedTuple):
     def outputs(self, logprobs: Tensor, entropy: Tensor) -> Outputs:
         """The model's answers (N,) put at their places in (B, T), 0 at padding."""
         return Outputs(self._placed(logprobs), self._placed(entropy))
+
+    def scores(self, values: Tensor) -> Scores:
+        """The same for a scalar head."""
+        return Scores(self._placed(values))
 
     def _placed(self, values: Tensor) -> Tensor:
         flat = values.new_zeros(self.batch.mask.numel()).index_put((self.slots,), values)

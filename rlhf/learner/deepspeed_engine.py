@@ -21,8 +21,8 @@ import deepspeed
 
 from rlhf.config import LearnerConfig
 from rlhf.errors import RunFailed
-from rlhf.learner.engine import Step, adamw, check_optimized, trainable
-from rlhf.models.policy import ModelInputs, PolicyModel
+from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
+from rlhf.models.policy import ModelInputs
 
 TAG = "deepspeed"
 _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -36,7 +36,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, policy: PolicyModel, config: LearnerConfig, rank: int, world_size: int, meeting_point: str | None
+        self, policy: TrainedModel, config: LearnerConfig, rank: int, world_size: int, meeting_point: str | None
     ) -> None:
         join(rank, world_size, meeting_point)
         self.policy = policy
@@ -60,10 +60,10 @@ class DeepSpeedEngine:
         self._parameters = parameters
         self.device = torch.device(self._engine.device)
 
-    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
         self._engine.train(torch.is_grad_enabled())  # recomputation of activations is for training mode only
-        logprobs, entropy = self._engine(*inputs)
-        return logprobs, entropy
+        answers: tuple[Tensor, ...] = self._engine(*inputs)
+        return answers
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)  # DeepSpeed averages over ranks

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from rlhf.config import LearnerConfig
 from rlhf.errors import RunFailed
 from rlhf.models.policy import ModelInputs, PolicyModel
+from rlhf.models.score import ScoreModel
+
+TrainedModel = PolicyModel | ScoreModel
 
 
 class Step(NamedTuple):
@@ -21,13 +24,16 @@ class Step(NamedTuple):
 
 
 class Engine(Protocol):
-    """Holds the policy and its optimizer. Every method is collective: all ranks call it, in the same order."""
+    """Holds the policy (or a model with a scalar head) and its optimizer.
 
-    policy: PolicyModel
+    Every method is collective: all ranks call it, in the same order.
+    """
+
+    policy: TrainedModel
     device: torch.device
 
-    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """logprobs (N,) and entropy (N,); with gradient unless grad mode is off."""
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        """What the model answers, (N,) each: log-probs and entropy, or scores; with gradient unless it is off."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's part of the loss; parts are summed over micro-batches and ranks."""

@@ -59,7 +59,7 @@ def save_policy(engine: Engine, tokenizer: Tokenizer, folder: Path, *, write: bo
     folder.mkdir(parents=True)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     base.config.save_pretrained(folder)
-    if base.generation_config is not None:
+    if base.can_generate() and base.generation_config is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from rlhf import metrics
-from rlhf.algorithms import Algorithm, RunState
+from rlhf.algorithms import Algorithm, RunState, ScoreAlgorithm
 from rlhf.blueprint import needs_old_logprobs
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, Columns, Floats, Group, TrainBatch
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
-from rlhf.learner.collate import collate
+from rlhf.learner.collate import Collated, collate
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
@@ -30,8 +30,8 @@ from rlhf.learner.reach import GradientReach
 from rlhf.learner.schedule import learning_rate
 from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
-from rlhf.models.policy import probe_inputs
-from rlhf.ops.microbatch import MicroBatch, Outputs
+from rlhf.models.policy import PolicyModel, probe_inputs
+from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
 from rlhf.weights import Probe, Weights, pack, probe_ids
 
 STATE_FILE = "learner.json"
@@ -41,7 +41,7 @@ class _Pass(NamedTuple):
     """A micro-batch that went through the model."""
 
     batch: MicroBatch
-    outputs: Outputs
+    outputs: Outputs | None  # None of a model with a scalar head
     loss: Tensor
     measured: Metrics
 
@@ -53,7 +53,12 @@ class PolicyLearner:
     """
 
     def __init__(
-        self, config: RunConfig, algorithm: Algorithm, rank: int, world_size: int, meeting_point: str | None
+        self,
+        config: RunConfig,
+        algorithm: Algorithm | ScoreAlgorithm,
+        rank: int,
+        world_size: int,
+        meeting_point: str | None,
     ) -> None:
         self._config, self._algorithm = config, algorithm
         self._rank, self._world_size, self._meeting_point = rank, world_size, meeting_point
@@ -61,7 +66,7 @@ class PolicyLearner:
         self._state: RunState = algorithm.initial_state
         self._next_state: RunState = self._state
         self._measured: Metrics = {}
-        self._fills_old = needs_old_logprobs(config)
+        self._fills_old = isinstance(algorithm, Algorithm) and needs_old_logprobs(config)
         self._fills_reference = config.model.lora is not None and REF_LOGPROBS in algorithm.needs
 
     @property
@@ -89,7 +94,7 @@ class PolicyLearner:
             filled[OLD_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
             self._measured = share.mismatch(filled[OLD_LOGPROBS], self._version)
         if self._fills_reference:
-            with self._engine.policy.without_adapter():
+            with self._policy.without_adapter():
                 filled[REF_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
         return [
             Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
@@ -135,7 +140,7 @@ class PolicyLearner:
         return metrics.merge(parts)
 
     def publish(self) -> Weights | None:
-        """The current version, with the learner's own log-probabilities of the probe; None on ranks above 0."""
+        """The current version, with the learner's own log-probs (or scores) of the probe; None on ranks above 0."""
         logprobs = self._probe()
         if self._rank > 0:
             for _ in published_tensors(self._engine):
@@ -174,11 +179,25 @@ class PolicyLearner:
         """Leaves the process group and drops gradients."""
         self._engine.close()
 
+    @property
+    def _policy(self) -> PolicyModel:
+        if not isinstance(self._engine.policy, PolicyModel):
+            raise TypeError(f"a {type(self._engine.policy).__name__} has no log-probabilities")
+        return self._engine.policy
+
+    def _loss(self, collated: Collated) -> tuple[Outputs | None, LossSums]:
+        """One forward pass and the algorithm's sums; a model with a scalar head has no log-probabilities to show."""
+        answers = self._engine.forward(collated.inputs)
+        if isinstance(self._algorithm, ScoreAlgorithm):
+            return None, self._algorithm.loss(collated.scores(*answers), collated.batch)
+        outputs = collated.outputs(*answers)
+        return outputs, self._algorithm.loss(outputs, collated.batch)
+
     def _probe(self) -> Floats:
         inputs = probe_inputs(self._engine.policy.base.config.vocab_size)
         with torch.no_grad():
-            logprobs, _ = self._engine.forward(inputs.to(self._engine.device))
-        return logprobs.cpu().numpy().astype(np.float32)
+            answers = self._engine.forward(inputs.to(self._engine.device))
+        return answers[0].cpu().numpy().astype(np.float32)
 
     def _optimize(self, units: Sequence[Unit], batch: TrainBatch, done: int) -> Metrics:
         """One optimizer step over these units on all ranks."""
@@ -203,7 +222,7 @@ class PolicyLearner:
         batch, outputs, loss, measured = self._measure(micro, columns)
         self._engine.backward(loss / count)
         measured["tokens/trained"] = metrics.total(int(batch.mask.sum()))
-        if measure and BEHAVIOR_LOGPROBS in columns:
+        if measure and outputs is not None and BEHAVIOR_LOGPROBS in columns:
             measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
         return measured
 
@@ -211,8 +230,8 @@ class PolicyLearner:
         """One forward pass: the micro-batch as tensors, its summed loss, and what was seen on the way."""
         collated = collate(micro, columns, packed=self._config.learner.packing).to(self._engine.device)
         batch = collated.batch
-        outputs = collated.outputs(*self._engine.forward(collated.inputs))
-        sums = self._algorithm.loss(outputs, batch)
+        outputs, sums = self._loss(collated)
         measured = {name: metrics.mean(float(value), float(over)) for name, (value, over) in sums.means.items()}
-        measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), int(batch.mask.sum()))
+        if outputs is not None:
+            measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), int(batch.mask.sum()))
         return _Pass(batch, outputs, sums.loss, measured)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import LearnerConfig
-from rlhf.learner.engine import Step, adamw, check_optimized, trainable
-from rlhf.models.policy import ModelInputs, PolicyModel
+from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
+from rlhf.models.policy import ModelInputs
 
 STATE_FILE = "engine.pt"
 
@@ -22,9 +22,9 @@ class TorchEngine:
     pass, so that accumulation is float32 too.
     """
 
-    def __init__(self, policy: PolicyModel, config: LearnerConfig, device: torch.device) -> None:
+    def __init__(self, policy: TrainedModel, config: LearnerConfig, device: torch.device) -> None:
         self.device = device
-        self.policy = policy.to(device)
+        self.policy: TrainedModel = policy.to(device)
         self._max_grad_norm = config.max_grad_norm
         self._names = [name for name, _ in trainable(policy)]
         self._parameters = [parameter for _, parameter in trainable(policy)]
@@ -38,10 +38,10 @@ class TorchEngine:
         if self._masters is self._parameters:
             check_optimized(policy, self._optimizer)
 
-    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
         self.policy.train(torch.is_grad_enabled())  # recomputation of activations is for training mode only
-        logprobs, entropy = self.policy(*inputs)
-        return logprobs, entropy
+        answers: tuple[Tensor, ...] = self.policy(*inputs)
+        return answers
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]

@@ -42,7 +42,7 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     """
     transformers_logging.disable_progress_bar()  # it would tear the run's own display, and a load takes seconds
     folder = resolve(config.name)
-    settings = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
+    settings = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
     if settings.is_encoder_decoder:
         raise BadInput(f"model.name: {config.name} is an encoder-decoder; training needs a causal language model")
     model, report = _from_folder(folder, settings, config, dtype)
@@ -112,7 +112,7 @@ def _from_folder(
     return loaded
 
 
-def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
+def without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
     """Sets every dropout rate to 0: a log-probability must be a number, not a random variable."""
     for part in (settings, settings.get_text_config()):
         rates = [key for key, value in part.to_dict().items() if "drop" in key and isinstance(value, float)]

@@ -31,6 +31,12 @@ class Outputs(NamedTuple):
     entropy: Tensor
 
 
+class Scores(NamedTuple):
+    """What a model with a scalar head says about a micro-batch: values (B, T) float32 with gradient, 0 at padding."""
+
+    values: Tensor
+
+
 class LossSums(NamedTuple):
     """A loss summed over the micro-batch, never averaged: the learner divides once by a global count.
 

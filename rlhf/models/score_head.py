@@ -1,0 +1,60 @@
+"""Does a model folder hold a scalar head? Answered from its config and the headers of its weights, without torch.
+
+A reward model is what transformers calls a sequence classifier with one label: a trunk and a linear head to one number.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import BadInput
+from rlhf.models.resolve import SMOLLM2, TINY, check_model, resolve
+
+EXPECTED = (
+    "expected a sequence classifier with one label: a folder that a run of algorithm reward_model wrote, or one that "
+    "AutoModelForSequenceClassification saved with num_labels=1"
+)
+
+
+def check_reward_model(name: str, *, fetch: bool) -> None:
+    """Raises BadInput, with the key reward.model, unless the model can be had and has a head with one output.
+
+    Without `fetch` nothing of a hub model but its config is looked for; with it the model is downloaded.
+    """
+    if name in TINY or name == SMOLLM2:
+        raise BadInput(f"reward.model: {name} is a language model without a scalar head; {EXPECTED}")
+    try:
+        check_model(name)
+        folder = resolve(name) if fetch or Path(name).expanduser().is_dir() else None
+    except BadInput as error:
+        raise BadInput(str(error).replace("model.name", "reward.model")) from error
+    if folder is not None:
+        check_score_head(folder)
+
+
+def check_score_head(folder: Path) -> None:
+    """Raises BadInput unless config.json names a sequence classifier with one label and the weights hold its head."""
+    config = json.loads((folder / "config.json").read_text())
+    kinds = config.get("architectures") or ["no architecture"]
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if not kinds[0].endswith("ForSequenceClassification"):
+        raise BadInput(f"reward.model: {folder}/config.json names {kinds[0]}, which has no scalar head; {EXPECTED}")
+    if labels != 1:
+        raise BadInput(f"reward.model: the head of {folder} has {labels} outputs (labels in config.json); {EXPECTED}")
+    shapes = _shapes(folder)
+    if shapes is not None and not any(len(shape) == 2 and shape[0] == 1 for shape in shapes.values()):
+        raise BadInput(
+            f"reward.model: {folder} has no tensor of shape (1, hidden size), so its head is missing and would be made "
+            f"up; {EXPECTED}"
+        )
+
+
+def _shapes(folder: Path) -> dict[str, list[int]] | None:
+    """Shapes by tensor name out of the safetensors headers; None for weights in another format."""
+    files = sorted(folder.glob("*.safetensors"))
+    found: dict[str, list[int]] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return found if files else None

@@ -1,0 +1,47 @@
+"""Scores of ranked answers: which pairs a ranking makes, and the Bradley-Terry loss over them, as sums.
+
+An answer of rank 0 is preferred to one of rank 1. Equal ranks make no pair. All pairs of a unit (the K answers to one
+prompt) belong together and weigh 1 in sum: spread over batches they make a reward model overfit within an epoch
+(arXiv 2203.02155, section 3.5).
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class Pairs(NamedTuple):
+    """P pairs of rows: better, worse (P,) int64 row numbers; weight (P,) float, 1 / (number of pairs of the unit)."""
+
+    better: Tensor
+    worse: Tensor
+    weight: Tensor
+
+
+def ranked_pairs(ranks: Tensor, unit: Tensor) -> Pairs:
+    """All pairs of rows of a unit with different ranks, (R,) float and (R,) int64: C(K, 2) a unit without ties."""
+    preferred = (unit[:, None] == unit[None, :]) & (ranks[:, None] < ranks[None, :])
+    better, worse = preferred.nonzero(as_tuple=True)
+    of_unit = (unit[better][:, None] == unit[better][None, :]).sum(dim=1)
+    return Pairs(better, worse, 1.0 / of_unit.clamp(min=1))
+
+
+def bradley_terry(scores: Tensor, pairs: Pairs, margins: Tensor) -> Tensor:
+    """The negative log-likelihood of the preferences, a scalar.
+
+        sum over units of 1/C(K, 2) sum_{w above l} -log sigma(r_w - r_l - margin_w)      arXiv 2203.02155, Eq 1
+
+    scores (R,) with gradient, in reward units; margins (R,), how much more than each row below it row w must have
+    (arXiv 2307.09288, Eq 2), 0 for none. Unchanged when a constant is added to all scores of a unit. No pairs give 0.
+    """
+    difference = scores[pairs.better] - scores[pairs.worse] - margins[pairs.better]
+    return -(pairs.weight * logsigmoid(difference)).sum()
+
+
+def centring(scores: Tensor, pairs: Pairs) -> Tensor:
+    """What holds scores around 0, which Bradley-Terry leaves open: sum over units of the mean of (r_w + r_l)^2.
+
+    scores (R,) with gradient -> scalar, before its coefficient (arXiv 2312.09244).
+    """
+    return (pairs.weight * (scores[pairs.better] + scores[pairs.worse]).square()).sum()
