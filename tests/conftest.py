@@ -177,7 +177,9 @@ def divided_loss() -> Callable[..., tuple[Any, dict[str, float]]]:
     from rlhf.learner.plan import count_of, plan, units_of
     from rlhf.ops.microbatch import Outputs
 
-    def build(algorithm: Any, batch: Any, logprobs: Sequence[Any], budget: int, ranks: int) -> tuple[Any, dict[str, Any]]:
+    def build(
+        algorithm: Any, batch: Any, logprobs: Sequence[Any], budget: int, ranks: int
+    ) -> tuple[Any, dict[str, Any]]:
         """logprobs, one (T,) tensor a row, row i being unit i; budget, padded tokens in a micro-batch."""
         units = units_of(batch.rows)
         count = count_of(units, batch.normalizer)

@@ -55,7 +55,7 @@ def test_the_kl_takes_part_in_the_ranking(make_group):
     group = make_group(0, [2.0, 1.0], [1, 2], {"ref_logprobs": [[-4.0], [-1.0, -1.0]]}, {})
     assert chosen(raft(kl={"coef": 0.5}).prepare([group], {})[0]) == [2]
     assert chosen(raft(kl={"coef": 0.1}).prepare([group], {})[0]) == [1]
-    with pytest.raises(ValueError, match="use kl.place=reward"):
+    with pytest.raises(ValueError, match=r"use kl\.place=reward"):
         RaftConfig(name="raft", kl={"place": "loss"})
 
 

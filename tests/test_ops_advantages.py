@@ -58,9 +58,7 @@ def test_running_mean_starts_at_zero():
     assert running_mean(16.0, 4.0) == 4.0
 
 
-@pytest.mark.parametrize(
-    ("unbiased", "expected"), [(False, [1.73205] + [-0.57735] * 3), (True, [1.5] + [-0.5] * 3)]
-)
+@pytest.mark.parametrize(("unbiased", "expected"), [(False, [1.73205] + [-0.57735] * 3), (True, [1.5] + [-0.5] * 3)])
 def test_grpo_golden_numbers(unbiased, expected):
     """G-GRPO: (1,0,0,0) with the standard deviation over n and over n - 1."""
     rewards, group = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64)
@@ -81,7 +79,9 @@ def test_with_two_samples_the_magnitude_is_lost(rewards):
     """n = 2: (1,-1) with the biased and .70711 with the unbiased deviation, whatever the rewards."""
     pair, group = torch.tensor(rewards, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     assert group_standardized(pair, group, unbiased=False, eps=0.0).tolist() == pytest.approx([1.0, -1.0])
-    assert group_standardized(pair, group, unbiased=True, eps=0.0).tolist() == pytest.approx([0.70711, -0.70711], abs=1e-5)
+    assert group_standardized(pair, group, unbiased=True, eps=0.0).tolist() == pytest.approx(
+        [0.70711, -0.70711], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("unbiased", [False, True])

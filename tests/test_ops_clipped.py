@@ -72,7 +72,9 @@ def test_at_ratio_one_the_gradient_is_reinforces():
     golden = torch.tensor([1.0, 2.0, 1.0, 1.0], requires_grad=True)
     chosen = golden.log_softmax(0)[1].reshape(1, 1)
     here = torch.ones(1, 1, dtype=torch.bool)
-    clipped_policy_loss(chosen, chosen.detach(), torch.ones(1, 1), here, torch.ones(1, 1), 0.2, 0.2, None).loss.backward()
+    clipped_policy_loss(
+        chosen, chosen.detach(), torch.ones(1, 1), here, torch.ones(1, 1), 0.2, 0.2, None
+    ).loss.backward()
     assert (-golden.grad).tolist() == pytest.approx([-0.17488, 0.52463, -0.17488, -0.17488], abs=1e-5)
 
 

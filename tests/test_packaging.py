@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -47,7 +48,11 @@ def read_lock(name: str) -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    return {canonical(d.metadata["Name"]): d.version.split("+")[0] for d in importlib.metadata.distributions()}
+    """Of site-packages only: other tests import packages that put vendored copies of some on the path."""
+    site = sysconfig.get_paths()["purelib"]
+    return {
+        canonical(d.metadata["Name"]): d.version.split("+")[0] for d in importlib.metadata.distributions(path=[site])
+    }
 
 
 def lock_of_this_machine() -> str:
