@@ -131,7 +131,7 @@ def test_dr_grpo_needs_both_changes(make_group, divided_loss):
         batch, _ = algorithm.prepare([group], {})
         logprobs = says([2, 6, 2], -1.0)
         divided_loss(algorithm, batch, logprobs, 1000, 1)[0].backward()
-        return [float(row.grad[0]) for row in logprobs]
+        return [float(said.grad[0]) for said in logprobs]
 
     short, long, _ = push("sequence_mean")
     assert short == pytest.approx(3 * long)
@@ -140,7 +140,7 @@ def test_dr_grpo_needs_both_changes(make_group, divided_loss):
 
 
 def test_empty_and_fully_masked_completions_do_not_poison(make_group, divided_loss):
-    """Trap 18: lengths (4,0,3,5), the last masked throughout: no NaN, no gradient there, the others keep theirs."""
+    """Trap 18: lengths (4,0,3,5), the last masked throughout: no NaN, no gradient there, the others' credit as is."""
     lengths = (4, 0, 3, 5)
     group = make_group(0, [1.0, 2.0, 5.0, 8.0], lengths, {"ref_logprobs": [[-1.5] * n for n in lengths]}, {})
     masked = replace(group.samples[3], loss_mask=np.zeros(5, dtype=np.bool_))

@@ -98,7 +98,7 @@ def test_one_token_or_equal_returns_give_exactly_zero(make_group):
 
 
 def test_a_group_baseline_with_the_kl_in_the_reward(make_group):
-    """Allowed, though the paper has it as a loss: the mean is of scores, the price stays a token's own."""
+    """Allowed, though the paper's second form has a loss: the mean is of scores, the price stays a token's own."""
     config = baseline(kl={"coef": 0.1, "place": "reward"})
     reference = {"ref_logprobs": [[-1.2, -0.9], [-1.0, -1.0]]}
     batch, _ = build(config).prepare([make_group(0, [1.0, 0.0], [2, 2], reference, {})], {})
