@@ -51,7 +51,9 @@ def made_up(seed: int, prompts: int, sizes: Sequence[int]) -> list[Group]:
 def make(tiny_run: Callable[..., RunConfig]) -> Callable[..., PolicyLearner]:
     def build_one(learner: Mapping[str, Any], algorithm: Mapping[str, Any], model: str) -> PolicyLearner:
         content = tiny_run({"name": model}, learner, {}, {}).model_dump()
-        config = RunConfig.model_validate(content | {"algorithm": {"name": "reward_model", **algorithm}})
+        config = RunConfig.model_validate(
+            content | {"algorithm": {"name": "reward_model", **algorithm}, "generation": None, "reward": None}
+        )
         made = PolicyLearner(config, build(config.algorithm), 0, 1, None)
         made.setup()
         return made
