@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from rlhf.algorithms import Algorithm, ScoreAlgorithm
+from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, ScoreAlgorithm
 from rlhf.algorithms.table import build
-from rlhf.config import OnlineDpoConfig, RsoConfig, RunConfig
-from rlhf.experience import REF_LOGPROBS, Sampling
+from rlhf.config import OnlineDpoConfig, PpoConfig, RsoConfig, RunConfig
+from rlhf.experience import REF_LOGPROBS, VALUES, Sampling
 from rlhf.sources import Demand
 
 # Stands where rollouts say how they are drawn: rows of the data are not, and their log-probs are the plain model's.
@@ -22,7 +22,7 @@ class Blueprint:
     step itself. samples, whether a policy is sampled; otherwise groups are rows of the data."""
 
     config: RunConfig
-    algorithm: Algorithm | ScoreAlgorithm
+    algorithm: Algorithm | ActorCriticAlgorithm | ScoreAlgorithm
     demand: Demand
     judged: frozenset[str]
     reference_judge: bool
@@ -33,7 +33,7 @@ class Blueprint:
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)
     loop = config.loop
-    learner_fills = {REF_LOGPROBS} if config.model.lora is not None else set()
+    learner_fills = {VALUES, REF_LOGPROBS} if config.model.lora is not None else {VALUES}
     demand = Demand(
         groups_per_step=loop.groups_per_step,
         num_steps=loop.num_steps,
@@ -58,9 +58,11 @@ def draw(config: RunConfig) -> Blueprint:
 def needs_old_logprobs(config: RunConfig) -> bool:
     """Whether samples are trained under weights other than those that sampled them: stale, or in several optimizer
     steps. Rows of the data were not sampled by any, and a preference loss has no importance ratio: what it does in
-    several steps needs none."""
+    several steps needs none. PPO prices and clips against its own log-probs always."""
     if config.records != "prompts":
         return False
+    if isinstance(config.algorithm, PpoConfig):
+        return True
     steps = config.learner.epochs * config.learner.minibatches
     has_ratio = not isinstance(config.algorithm, OnlineDpoConfig | RsoConfig)
     return config.loop.max_staleness > 0 or (steps > 1 and has_ratio)

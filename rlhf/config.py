@@ -14,6 +14,7 @@ from rlhf.config_online import Aggregation as Aggregation
 from rlhf.config_online import GrpoConfig as GrpoConfig
 from rlhf.config_online import KlConfig as KlConfig
 from rlhf.config_online import OnlineConfig as OnlineConfig
+from rlhf.config_online import PpoConfig as PpoConfig
 from rlhf.config_online import RaftConfig as RaftConfig
 from rlhf.config_online import ReinforceConfig as ReinforceConfig
 from rlhf.config_online import ReinforcePlusPlusBaselineConfig as ReinforcePlusPlusBaselineConfig
@@ -99,6 +100,7 @@ AlgorithmConfig = Annotated[
     | GrpoConfig
     | ReinforcePlusPlusConfig
     | ReinforcePlusPlusBaselineConfig
+    | PpoConfig
     | RaftConfig
     | SftConfig
     | RewardModelConfig

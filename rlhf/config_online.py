@@ -1,4 +1,4 @@
-"""Settings of the algorithms that learn from their own samples without a critic: a part of `rlhf.config`."""
+"""Settings of the algorithms that learn from their own samples and their rewards: a part of `rlhf.config`."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,6 +8,7 @@ from rlhf.config_section import NonNegativeFloat, PositiveFloat, PositiveInt, Se
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 Clip = Annotated[float, Field(gt=0, le=1)]
+Unit = Annotated[float, Field(ge=0, le=1)]
 
 
 class KlConfig(Section):
@@ -184,6 +185,43 @@ class ReinforcePlusPlusBaselineConfig(GroupedConfig):
     ratio_cap: PositiveFloat = Field(
         default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
+
+
+class CriticConfig(Section):
+    """The value model: the policy's model at the start with a scalar head, trained whole beside the policy."""
+
+    lr: PositiveFloat = Field(
+        default=1e-5, description="peak learning rate of its own AdamW; the rest is that of the learner section"
+    )
+    value_clip: PositiveFloat | None = Field(
+        default=0.2, description="values are learnt within this of those at the start of the step; null: off"
+    )
+
+
+class PpoConfig(OnlineConfig):
+    """Proximal policy optimisation with a critic (arXiv 1707.06347; for language models arXiv 2203.02155)."""
+
+    name: Literal["ppo"] = Field(description="which algorithm")
+    gamma: Unit = Field(default=1.0, description="what a reward one token later is worth")
+    lam: Unit = Field(
+        default=0.95, description="lambda of generalised advantage estimation: 1 trusts returns, 0 the critic"
+    )
+    whiten_rewards: bool = Field(
+        default=False, description="scale token rewards to standard deviation 1 over the step, keeping their mean"
+    )
+    whiten_advantages: bool = Field(
+        default=True, description="advantages with mean 0 and standard deviation 1 over all tokens of the step"
+    )
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
+    ratio_cap: PositiveFloat = Field(
+        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    )
+    critic: CriticConfig = Field(default_factory=CriticConfig, description="the value model")
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """PPO's mean is over tokens, of the policy and of the critic."""
+        return "token_mean"
 
 
 class RaftConfig(GroupedConfig):

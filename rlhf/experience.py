@@ -28,6 +28,8 @@ REF_LOGPROBS = "ref_logprobs"  # token column: log-probabilities under the froze
 OLD_LOGPROBS = "old_logprobs"  # token column: under the learner's weights at the start of the step
 BEHAVIOR_LOGPROBS = "behavior_logprobs"  # token column: under the weights and the sampler that produced the sample
 ADVANTAGES = "advantages"  # token column of a train batch
+VALUES = "values"  # token column: what the critic expected before the token, at the start of the step
+RETURNS = "returns"  # token column of a train batch: what the critic learns to expect
 LOSS_WEIGHTS = "loss_weights"  # token column of a train batch: what each token's loss counts in the sum
 
 

@@ -37,6 +37,9 @@ METRICS: dict[str, Meaning] = {
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
+    "loss/value": Meaning(
+        "reward squared", "mean", "PPO: the critic's clipped squared error to the returns, halved, over trained tokens"
+    ),
     "loss/bradley_terry": Meaning("nats", "mean", "reward models: -log sigma(r_w - r_l - margin), over prompts"),
     "loss/centring": Meaning("reward squared", "mean", "reward models: (r_w + r_l)^2 before its coefficient"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
@@ -96,9 +99,27 @@ METRICS: dict[str, Meaning] = {
     "clip/log_ratio_held_fraction": Meaning(
         "share of tokens", "mean", "tokens whose log-ratio was cut at 20 nats before its exponential: no gradient"
     ),
+    "clip/value_fraction": Meaning(
+        "share of tokens",
+        "mean",
+        "PPO: values beyond algorithm.critic.value_clip of the old ones, away from the return: no gradient",
+    ),
     "advantage/abs_mean": Meaning("reward", "mean", "mean size of the advantages; 0 means that nothing is learnt"),
-    "advantage/raw_mean": Meaning("reward", "last", "REINFORCE++: mean over tokens of what is whitened"),
-    "advantage/raw_std": Meaning("reward", "last", "REINFORCE++: standard deviation of the same, population form"),
+    "advantage/raw_mean": Meaning("reward", "last", "REINFORCE++, PPO: mean over tokens of what is whitened"),
+    "advantage/raw_std": Meaning("reward", "last", "REINFORCE++, PPO: standard deviation of the same, population form"),
+    "value/mean": Meaning(
+        "reward", "last", "PPO: what the critic expected at the start of the step, over trained tokens"
+    ),
+    "value/return_mean": Meaning("reward", "last", "PPO: the returns that it learns, over the same tokens"),
+    "value/explained_variance": Meaning(
+        "-",
+        "last",
+        "PPO: 1 - Var(return - value) / Var(return) over the same tokens: 1 perfect, 0 a constant, below 0 worse",
+    ),
+    "value/grad_norm": Meaning(
+        "-", "mean", "PPO: norm of the critic's gradient before it is clipped, over the step's optimizer steps"
+    ),
+    "value/lr": Meaning("-", "last", "PPO: the critic's learning rate in the last optimizer step"),
     "group/zero_advantage_fraction": Meaning("share of groups", "mean", "groups whose samples all have advantage 0"),
     "groups/equal_dropped": Meaning(
         "groups", "sum", "groups left out of the step because all their scores are equal (algorithm.drop_equal_groups)"

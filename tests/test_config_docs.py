@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # First words of metric names.
 FAMILIES = (
     "advantage|clip|completion|faults|group|groups|kl|logps|loss|mismatch|pairs|rejection|reward|rewards|staleness|sync"
-    "|time|tokens"
+    "|time|tokens|value"
 )
 
 

@@ -23,6 +23,19 @@ class Algorithm(NamedTuple):
     loss: Callable[[Outputs, MicroBatch], LossSums]
 
 
+class ActorCriticAlgorithm(NamedTuple):
+    """The same with a critic, which fills the values that `prepare` reads and learns by a loss of its own.
+
+    value_loss(scores, micro-batch) -> sums; both losses are divided by the same count.
+    """
+
+    needs: frozenset[str]
+    initial_state: RunState
+    prepare: Callable[[Sequence[Group], RunState], tuple[TrainBatch, RunState]]
+    loss: Callable[[Outputs, MicroBatch], LossSums]
+    value_loss: Callable[[Scores, MicroBatch], LossSums]
+
+
 class ScoreAlgorithm(NamedTuple):
     """The same for a model with a scalar head: its loss reads scores instead of log-probabilities."""
 

@@ -131,7 +131,7 @@ def rows(episodes: Sequence[Episode], columns: Sequence[Mapping[str, Floats]], k
         if with_old:
             tokens[OLD_LOGPROBS] = policy_logprobs(episode.where, sample)
         if kl.coef and kl.place == "loss":
-            tokens[REF_LOGPROBS] = _token_column(episode.where, sample, REF_LOGPROBS)
+            tokens[REF_LOGPROBS] = token_column(episode.where, sample, REF_LOGPROBS)
         made.append(
             Row(
                 unit=unit,
@@ -213,7 +213,7 @@ def measure(groups: Sequence[Group], scored: Sequence[Episode], kept: Sequence[E
 
 def log_ratio(where: str, sample: Sample) -> Tensor:
     """d_t = l_t - l^ref_t of the tokens with a true loss mask, (sum of the mask,) float64; `where` is for the error."""
-    policy, reference = policy_logprobs(where, sample), _token_column(where, sample, REF_LOGPROBS)
+    policy, reference = policy_logprobs(where, sample), token_column(where, sample, REF_LOGPROBS)
     return torch.from_numpy((policy.astype(np.float64) - reference.astype(np.float64))[sample.loss_mask])
 
 
@@ -230,7 +230,8 @@ def policy_logprobs(where: str, sample: Sample) -> Floats:
     return sample.behavior_logprobs
 
 
-def _token_column(where: str, sample: Sample, name: str) -> Floats:
+def token_column(where: str, sample: Sample, name: str) -> Floats:
+    """The sample's column (T,). Raises ValueError where it has none of that name."""
     if name not in sample.tokens:
         raise ValueError(f"{where}: no column {name!r}, only {sorted(sample.tokens)}")
     return sample.tokens[name]

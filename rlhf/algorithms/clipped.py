@@ -1,10 +1,10 @@
-"""What GRPO and REINFORCE++ share: tokens with credit, the clipped ratio, and a named aggregation.
+"""What GRPO, REINFORCE++ and PPO share: tokens with credit, the clipped ratio, and a named aggregation.
 
     loss = sum_i sum_t a_it w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)) + beta KL
     rho_t = exp(l_t - l^old_t);   w_t = sg[min(exp(l^old_t - l^b_t), cap)];   a_it from `aggregation`
 
 The clip is centred on the weights at the start of the step, and w corrects for the weights and the sampler that drew
-the completion (decoupled: arXiv 2110.00641). The two algorithms differ in A only, which is in their own files.
+the completion (decoupled: arXiv 2110.00641). The algorithms differ in A only, which is in their own files.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from rlhf.algorithms import bandit
 from rlhf.algorithms.aggregation import divisor, normalizer, token_weights
 from rlhf.algorithms.bandit import Episode
-from rlhf.config import GrpoConfig, ReinforcePlusPlusBaselineConfig, ReinforcePlusPlusConfig
+from rlhf.config import GrpoConfig, PpoConfig, ReinforcePlusPlusBaselineConfig, ReinforcePlusPlusConfig
 from rlhf.experience import ADVANTAGES, LOSS_WEIGHTS, OLD_LOGPROBS, Floats, Group, TrainBatch
 from rlhf.metrics import mean_of
 from rlhf.ops.losses import clipped_policy_loss
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
 
-ClippedConfig = GrpoConfig | ReinforcePlusPlusConfig | ReinforcePlusPlusBaselineConfig
+ClippedConfig = GrpoConfig | PpoConfig | ReinforcePlusPlusConfig | ReinforcePlusPlusBaselineConfig
 
 
 def train_batch(

@@ -1,11 +1,13 @@
 """Which algorithm a run file names: the one place that knows them all."""
 
 from rlhf.algorithms import (
+    ActorCriticAlgorithm,
     Algorithm,
     ScoreAlgorithm,
     dpo,
     grpo,
     online_dpo,
+    ppo,
     raft,
     reinforce,
     reinforce_plus_plus,
@@ -19,6 +21,7 @@ from rlhf.config import (
     DpoConfig,
     GrpoConfig,
     OnlineDpoConfig,
+    PpoConfig,
     RaftConfig,
     ReinforceConfig,
     ReinforcePlusPlusBaselineConfig,
@@ -30,7 +33,7 @@ from rlhf.config import (
 )
 
 
-def build(config: AlgorithmConfig) -> Algorithm | ScoreAlgorithm:  # noqa: C901  one case an algorithm
+def build(config: AlgorithmConfig) -> Algorithm | ActorCriticAlgorithm | ScoreAlgorithm:  # noqa: C901  one case an algorithm
     """The algorithm that `algorithm.name` of the run file stands for, with its settings."""
     match config:
         case RlooConfig():
@@ -41,6 +44,8 @@ def build(config: AlgorithmConfig) -> Algorithm | ScoreAlgorithm:  # noqa: C901 
             return grpo.build(config)
         case ReinforcePlusPlusConfig() | ReinforcePlusPlusBaselineConfig():
             return reinforce_plus_plus.build(config)
+        case PpoConfig():
+            return ppo.build(config)
         case RaftConfig():
             return raft.build(config)
         case SftConfig():

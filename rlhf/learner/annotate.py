@@ -27,18 +27,19 @@ class Share:
         self._shares, self._rank = shares(units, ranks), rank
         self.numbers = sorted(self._first.index(unit.rows[0].unit) for unit in self._shares[rank])
 
-    def logprobs(self, engine: Engine, settings: LearnerConfig) -> dict[int, list[Floats]]:
-        """For each group of this rank an array (T,) a sample, under the engine's weights. Collective."""
+    def read(self, engine: Engine, settings: LearnerConfig) -> dict[int, list[Floats]]:
+        """For each group of this rank an array (T,) a sample: the log-probs of the engine's policy, or the scores of
+        its scalar head, where a token is predicted. Collective."""
         single = [[Unit((row,)) for unit in share for row in unit.rows] for share in self._shares]
         planned = plan_shares(single, settings.tokens_per_microbatch, packed=settings.packing)
         filled: dict[int, Floats] = {}
         with torch.no_grad():
             for micro in planned[self._rank]:
                 collated = collate(micro, (), packed=settings.packing).to(engine.device)
-                logprobs = collated.outputs(*engine.forward(collated.inputs)).logprobs.cpu().numpy()
+                answers = collated.scores(engine.forward(collated.inputs)[0]).values.cpu().numpy()
                 for i, unit in enumerate(micro):
                     row = unit.rows[0]
-                    filled[row.unit] = logprobs[i, : len(row.completion_ids)].astype(np.float32)
+                    filled[row.unit] = answers[i, : len(row.completion_ids)].astype(np.float32)
         return {n: [filled[self._first[n] + i] for i in range(len(self._groups[n].samples))] for n in self.numbers}
 
     def mismatch(self, logprobs: dict[int, list[Floats]], version: int) -> Metrics:

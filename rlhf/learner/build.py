@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import RewardModelConfig, RunConfig
+from rlhf.config import LearnerConfig, RewardModelConfig, RunConfig
 from rlhf.errors import BadInput
 from rlhf.learner.engine import Engine, TrainedModel
 from rlhf.learner.torch_engine import TorchEngine
@@ -38,7 +38,8 @@ def _save_memory(model: PreTrainedModel, config: RunConfig) -> None:
 
 
 def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: str | None) -> Engine:
-    """The engine of this rank. meeting_point is host:port of rank 0, None with one rank."""
+    """The engine of this rank, which joins the ranks' process group where there is one. meeting_point is host:port of
+    rank 0, None with one rank."""
     scores = isinstance(config.algorithm, RewardModelConfig)
     policy: TrainedModel = build_scorer(config) if scores else build_policy(config)
     if config.learner.engine == "torch":
@@ -47,8 +48,25 @@ def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: s
                 f"learner.engine=torch runs in one process, the cluster file has trainer.replicas={world_size}; "
                 f"use learner.engine=deepspeed or one replica"
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return TorchEngine(policy, config.learner, device)
+        return TorchEngine(policy, config.learner, _device())
+    from rlhf.learner.deepspeed_engine import DeepSpeedEngine, join
+
+    join(rank, world_size, meeting_point)
+    return DeepSpeedEngine(policy, config.learner, world_size)
+
+
+def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: int) -> Engine:
+    """The critic's engine of this rank, after the policy's: a new head on the policy's model, trained whole, with
+    these settings in place of the learner section."""
+    model = start_score_model(config.model, settings.dtype, config.seed)
+    _save_memory(model, config)
+    critic = ScoreModel(model, "predictor")
+    if settings.engine == "torch":
+        return TorchEngine(critic, settings, _device())
     from rlhf.learner.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(policy, config.learner, rank, world_size, meeting_point)
+    return DeepSpeedEngine(critic, settings, world_size)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

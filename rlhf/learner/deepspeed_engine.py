@@ -29,16 +29,13 @@ _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 class DeepSpeedEngine:
-    """AdamW over ranks. ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too.
+    """AdamW over the ranks of the process group that `join` set up; several engines may share it. ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too.
 
     bfloat16 keeps float32 masters. Gradients are accumulated in float32, but for ZeRO 0 in bfloat16, where DeepSpeed
     can only do it in bfloat16.
     """
 
-    def __init__(
-        self, policy: TrainedModel, config: LearnerConfig, rank: int, world_size: int, meeting_point: str | None
-    ) -> None:
-        join(rank, world_size, meeting_point)
+    def __init__(self, policy: TrainedModel, config: LearnerConfig, world_size: int) -> None:
         self.policy = policy
         self._world_size, self._max_grad_norm = world_size, config.max_grad_norm
         self._sharded = config.zero_stage == 3
@@ -100,6 +97,7 @@ class DeepSpeedEngine:
             raise RunFailed(f"{folder} holds no trainer state that DeepSpeed can read (tag {TAG})")
 
     def close(self) -> None:
+        """The first engine of a process to close leaves the process group."""
         self._engine.destroy()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -122,7 +120,7 @@ def join(rank: int, world_size: int, meeting_point: str | None) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     if dist.is_initialized():
-        raise RunFailed("this process is already part of a process group: one DeepSpeed engine a process")
+        raise RunFailed("this process is already part of a process group: one trainer rank a process")
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

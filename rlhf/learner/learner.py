@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from rlhf import metrics
-from rlhf.algorithms import Algorithm, RunState, ScoreAlgorithm
+from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, RunState, ScoreAlgorithm
 from rlhf.blueprint import needs_old_logprobs
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
-from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, Columns, Floats, Group, TrainBatch
+from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, VALUES, Columns, Floats, Group, TrainBatch
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
 from rlhf.learner.collate import Collated, collate
+from rlhf.learner.critic import Critic
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
@@ -47,7 +48,7 @@ class _Pass(NamedTuple):
 
 
 class PolicyLearner:
-    """Trains the policy: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
+    """Trains the policy, and its critic: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
 
     meeting_point, host:port of rank 0 for world_size > 1. Every public method but `prepare` is collective.
     """
@@ -55,7 +56,7 @@ class PolicyLearner:
     def __init__(
         self,
         config: RunConfig,
-        algorithm: Algorithm | ScoreAlgorithm,
+        algorithm: Algorithm | ActorCriticAlgorithm | ScoreAlgorithm,
         rank: int,
         world_size: int,
         meeting_point: str | None,
@@ -66,7 +67,7 @@ class PolicyLearner:
         self._state: RunState = algorithm.initial_state
         self._next_state: RunState = self._state
         self._measured: Metrics = {}
-        self._fills_old = isinstance(algorithm, Algorithm) and needs_old_logprobs(config)
+        self._fills_old = not isinstance(algorithm, ScoreAlgorithm) and needs_old_logprobs(config)
         self._fills_reference = config.model.lora is not None and REF_LOGPROBS in algorithm.needs
 
     @property
@@ -82,20 +83,26 @@ class PolicyLearner:
         self._tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         self._engine = build_engine(config, self._rank, self._world_size, self._meeting_point)
         self._reach = GradientReach(self._engine, updates=1 if config.model.lora is None else 2)
+        self._critic = None
+        if isinstance(self._algorithm, ActorCriticAlgorithm):
+            self._critic = Critic(config, self._algorithm.value_loss, self._rank, self._world_size)
 
     def annotate_share(self, groups: Sequence[Group]) -> list[Columns]:
-        """Columns for this rank's share of the groups: old log-probs, and LoRA's reference log-probs, where needed."""
+        """Columns for this rank's share of the groups: old log-probs, LoRA's reference log-probs, and values, where
+        needed."""
         self._measured = {}
-        if not (self._fills_old or self._fills_reference):
+        if not (self._fills_old or self._fills_reference or self._critic is not None):
             return []
         share = Share(groups, self._rank, self._world_size)
         filled: dict[str, dict[int, list[Floats]]] = {}
         if self._fills_old:
-            filled[OLD_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
+            filled[OLD_LOGPROBS] = share.read(self._engine, self._config.learner)
             self._measured = share.mismatch(filled[OLD_LOGPROBS], self._version)
         if self._fills_reference:
             with self._policy.without_adapter():
-                filled[REF_LOGPROBS] = share.logprobs(self._engine, self._config.learner)
+                filled[REF_LOGPROBS] = share.read(self._engine, self._config.learner)
+        if self._critic is not None:
+            filled[VALUES] = self._critic.values(share)
         return [
             Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
             for number in share.numbers
@@ -120,7 +127,10 @@ class PolicyLearner:
             chosen = minibatches(len(units), settings.minibatches, self._config.seed, self._version, epoch)
             for number, members in enumerate(chosen):
                 done = (self._version * settings.epochs + epoch) * settings.minibatches + number
-                parts.append(self._optimize([units[i] for i in members], batch, done))
+                drawn = [units[i] for i in members]
+                parts.append(self._optimize(drawn, batch, done))
+                if self._critic is not None:
+                    parts.append(self._critic.optimize(drawn, batch, done))
         self._version += 1
         self._state = self._next_state
         self._measured = {}
@@ -156,6 +166,8 @@ class PolicyLearner:
         trainer = folder / "trainer"
         trainer.mkdir(exist_ok=True)
         self._engine.save(trainer)
+        if self._critic is not None:
+            self._critic.save(trainer)
         if self._rank == 0:
             state = {"version": self._version, "run_state": dict(self._state), "world_size": self._world_size}
             (trainer / STATE_FILE).write_text(json.dumps(state | {"engine": self._config.learner.engine}, indent=1))
@@ -172,11 +184,15 @@ class PolicyLearner:
                 f"new run with model.name={folder / 'policy'}"
             )
         self._engine.load(trainer)
+        if self._critic is not None:
+            self._critic.load(trainer)
         self._version, self._state = state["version"], state["run_state"]
         self._next_state = self._state
 
     def close(self) -> None:
         """Leaves the process group and drops gradients."""
+        if self._critic is not None:
+            self._critic.close()
         self._engine.close()
 
     @property
