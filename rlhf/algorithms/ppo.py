@@ -1,4 +1,4 @@
-"""PPO, arXiv 1707.06347, as in InstructGPT, arXiv 2203.02155: tokens are actions, a critic says what was to be expected.
+"""PPO, arXiv 1707.06347, as in InstructGPT, arXiv 2203.02155: tokens are actions, a critic says what to expect.
 
     r_t = -beta d_t + 1[t = last token] r                    the KL is paid token by token, the score at the end
     A_t, return_t = GAE(r, V; gamma, lambda)                 arXiv 1506.02438; the returns before A is whitened

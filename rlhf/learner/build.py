@@ -52,7 +52,7 @@ def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: s
     from rlhf.learner.deepspeed_engine import DeepSpeedEngine, join
 
     join(rank, world_size, meeting_point)
-    return DeepSpeedEngine(policy, config.learner, world_size)
+    return DeepSpeedEngine(policy, config.learner, world_size, leaves_group=True)
 
 
 def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: int) -> Engine:
@@ -65,7 +65,7 @@ def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: 
         return TorchEngine(critic, settings, _device())
     from rlhf.learner.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(critic, settings, world_size)
+    return DeepSpeedEngine(critic, settings, world_size, leaves_group=False)
 
 
 def _device() -> torch.device:

@@ -29,14 +29,15 @@ _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 class DeepSpeedEngine:
-    """AdamW over the ranks of the process group that `join` set up; several engines may share it. ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too.
+    """AdamW over the ranks of the process group that `join` set up, which a policy and its critic share.
 
-    bfloat16 keeps float32 masters. Gradients are accumulated in float32, but for ZeRO 0 in bfloat16, where DeepSpeed
-    can only do it in bfloat16.
+    ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too. bfloat16 keeps float32 masters. Gradients are
+    accumulated in float32, but for ZeRO 0 in bfloat16, where DeepSpeed can only do it in bfloat16.
     """
 
-    def __init__(self, policy: TrainedModel, config: LearnerConfig, world_size: int) -> None:
+    def __init__(self, policy: TrainedModel, config: LearnerConfig, world_size: int, *, leaves_group: bool) -> None:
         self.policy = policy
+        self._leaves_group = leaves_group
         self._world_size, self._max_grad_norm = world_size, config.max_grad_norm
         self._sharded = config.zero_stage == 3
         # Without ZeRO and in float32 DeepSpeed clips without keeping the norm, so it is done here.
@@ -97,9 +98,9 @@ class DeepSpeedEngine:
             raise RunFailed(f"{folder} holds no trainer state that DeepSpeed can read (tag {TAG})")
 
     def close(self) -> None:
-        """The first engine of a process to close leaves the process group."""
+        """Where `leaves_group`, which must be the last to close, leaves the process group."""
         self._engine.destroy()
-        if dist.is_initialized():
+        if self._leaves_group and dist.is_initialized():
             dist.destroy_process_group()
 
     def _plain_step(self) -> Step:
