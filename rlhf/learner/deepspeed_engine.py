@@ -100,8 +100,8 @@ class DeepSpeedEngine:
             raise RunFailed(f"{folder} holds no trainer state that DeepSpeed can read (tag {TAG})")
 
     def close(self) -> None:
-        self._engine.destroy()
-        if dist.is_initialized():
+        if dist.is_initialized():  # vLLM in the same process ends the group for both when it is closed
+            self._engine.destroy()
             dist.destroy_process_group()
 
     def _plain_step(self) -> Step:
