@@ -82,6 +82,8 @@ class ActorWorkers:
             value = next(errand.stream)
         except RayError as error:
             lost, errand.missing = tuple(sorted(errand.missing)), set()
-            return Result(errand.task.number, lost, None, waiting.cause_of(error), name, 0.0)
+            return Result(
+                errand.task.number, lost, None, waiting.failure_of(error, f"{name} at prompts {lost[:8]}"), name, 0.0
+            )
         errand.missing.discard(prompt_id)
         return Result(errand.task.number, (prompt_id,), value, None, name, seconds)

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from rlhf.errors import DeadlinePassed, RunFailed
+from rlhf.errors import ActorDied, DeadlinePassed
 
 
 def get(refs: Sequence[ray.ObjectRef], what: str, timeout_s: float) -> list[Any]:
     """The values of all references, in their order.
 
     Raises what the actor raised, with the actor's traceback as a note; DeadlinePassed, naming how many are late;
-    RunFailed when an actor died."""
+    ActorDied when an actor is gone."""
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
     except GetTimeoutError as late:
@@ -21,15 +21,15 @@ def get(refs: Sequence[ray.ObjectRef], what: str, timeout_s: float) -> list[Any]
         raise DeadlinePassed(
             f"{what}: {len(refs) - len(done)} of {len(refs)} answers missing after {timeout_s:g} s"
         ) from late
-    except RayTaskError as error:
-        raise cause_of(error) from None
-    except RayActorError as error:
-        raise RunFailed(f"{what}: the actor died: {error}") from error
+    except RayError as error:
+        raise failure_of(error, what) from None
 
 
-def cause_of(error: Exception) -> Exception:
-    """The exception that was raised inside an actor, with the actor's traceback as a note; other errors as they are."""
-    if not isinstance(error, RayTaskError) or not isinstance(error.cause, Exception):
-        return error
-    error.cause.add_note(f"raised in an actor:\n{error.traceback_str}")
-    return error.cause
+def failure_of(error: RayError, what: str) -> Exception:
+    """The exception that was raised inside an actor, with the actor's traceback as a note; ActorDied when the actor, or
+    the one that held an argument of the call, is gone."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, Exception) and not isinstance(cause, RayError):
+        cause.add_note(f"raised in an actor:\n{error}")
+        return cause
+    return ActorDied(f"{what}: an actor died: {str(error).strip().splitlines()[0]}")

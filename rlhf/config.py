@@ -172,6 +172,9 @@ class LoopConfig(Section):
     eval_every: NonNegativeInt = Field(
         default=0, description="steps between evaluations; 0: before the first step and after the last"
     )
+    max_restarts: NonNegativeInt = Field(
+        default=3, description="how often in a row, without a new step, the team is built again after an actor died"
+    )
     wait_timeout_s: PositiveFloat = Field(
         default=600.0, description="longest wait for rollouts, judges, updates or weights"
     )

@@ -20,6 +20,10 @@ class RunFailed(Exception):
     """The run failed for good (exit code 4): which part, doing what, for which prompts or version."""
 
 
+class ActorDied(RunFailed):
+    """A process of the team ended. Nothing that was stored is lost, so the team can be built again and go on."""
+
+
 class WeightMismatch(RunFailed):
     """An engine does not hold the weights that were published; the message names the tensor or the probe token."""
 

@@ -72,7 +72,7 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
             buffer.pin(name, value)
         rank = PolicyLearner(config, blueprint.algorithm, 0, 1, None)
         rank.setup()
-        closing.callback(rank.close)  # after the generator, which may end the process group that they share
+        closing.callback(rank.close)  # after the generator: vLLM leaves the process group that they may share
         rollouts = dataset_workers(order)
         if rollouts is None:
             generator = build_generator(config, "rollout-0")

@@ -156,6 +156,9 @@ METRICS: dict[str, Meaning] = {
     "time/update_s": Meaning("s", "last", "time of credit assignment and optimizer steps"),
     "time/sync_s": Meaning("s", "last", "time of publishing, committing the step and pulling the weights"),
     "time/step_s": Meaning("s", "last", "the whole step"),
+    "faults/restarts": Meaning(
+        "restarts", "last", "how often this process built the team again because an actor died (loop.max_restarts)"
+    ),
     "faults/unscorable": Meaning("samples", "sum", "samples whose reward was None: left out, never counted as 0"),
     "faults/empty_minibatch": Meaning(
         "minibatches", "sum", "minibatches without a token to train on: no optimizer step"

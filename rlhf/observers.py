@@ -142,6 +142,8 @@ class TensorBoard:
     def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if self._writer is not None:  # of a team that died
+            self._writer.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step or None)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

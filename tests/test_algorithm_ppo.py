@@ -1,7 +1,7 @@
 """PPO from groups to updates of policy and critic on the tiny model. GAE and the losses themselves: test_ops_gae,
 test_ops_ppo_losses.
 
-Not covered: several ranks, the actors of a Ray team, bfloat16.
+Not covered: DeepSpeed and its ranks (test_learner_deepspeed), the actors of a Ray team, bfloat16.
 """
 
 import json
@@ -73,13 +73,13 @@ def test_whitening_is_over_the_whole_step_and_does_not_move_returns(make_group: 
     groups = three_groups(make_group)
     (plain, _), (white, _) = ppo().prepare(groups, {}), ppo(whiten_advantages=True).prepare(groups, {})
     assert column(plain, RETURNS) == column(white, RETURNS)
-    before, after = (np.array(sum(column(batch, ADVANTAGES), [])) for batch in (plain, white))
+    before, after = (np.concatenate(column(batch, ADVANTAGES)) for batch in (plain, white))
     assert after.mean() == pytest.approx(0, abs=1e-6) and after.std() == pytest.approx(1, abs=1e-5)
     assert after == pytest.approx((before - before.mean()) / before.std(), abs=1e-5)
 
 
 def test_scaled_rewards_keep_their_mean(make_group: Callable[..., Group]) -> None:
-    """With values 0 and lambda 1 the return at the first token is the sum of a row's rewards: that of all rows stays."""
+    """With values 0 and lambda 1 a row's first return is the sum of its rewards: over all rows it stays."""
     zero = {"values": [[0.0] * 3, [0.0] * 5]}
     group = make_group(0, [1.0, -3.0], [3, 5], zero, {})
     totals = []
@@ -92,9 +92,10 @@ def test_scaled_rewards_keep_their_mean(make_group: Callable[..., Group]) -> Non
 def test_a_row_does_not_depend_on_the_others(make_group: Callable[..., Group]) -> None:
     """Trap 35: alone, or padded beside longer rows, in any order of groups: the same columns."""
     groups = three_groups(make_group)
-    alone = [column(ppo().prepare([group], {})[0], name) for name in (ADVANTAGES, RETURNS) for group in groups]
+    alone = [ppo().prepare([group], {})[0] for group in groups]
     batch, _ = ppo().prepare(list(reversed(groups)), {})
-    assert column(batch, ADVANTAGES) + column(batch, RETURNS) == sum(alone, [])
+    for name in (ADVANTAGES, RETURNS):
+        assert column(batch, name) == [row for one in alone for row in column(one, name)]
 
 
 def test_masked_tokens_are_skipped_and_unscorable_samples_left_out(make_group: Callable[..., Group]) -> None:
@@ -253,7 +254,7 @@ def test_the_critics_gradient_does_not_depend_on_how_the_batch_is_cut(
 def test_the_critic_learns_what_was_paid(
     make: Callable[..., PolicyLearner], sampled_groups: Callable[..., list[Group]]
 ) -> None:
-    """The same rewarded groups again and again, with lambda 1: the explained variance rises from below 0 to above .8."""
+    """The same rewarded groups again and again, with lambda 1: the explained variance rises from below .1 to .8."""
     learner = make({"lr": 1e-9}, {}, {"lam": 1.0, "critic": {"lr": 3e-3, "value_clip": None}})
     explained = []
     for version in range(40):

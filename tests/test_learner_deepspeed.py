@@ -205,3 +205,31 @@ def test_one_rank_in_bfloat16_follows_plain_torch(
     assert furthest(found["repeated"], found["went on"]) <= 2e-3
     assert values(found["skipped"])["faults/nonfinite_step"] == 1
     assert furthest(found["unharmed"], found["repeated"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_critic_shares_the_process_group(
+    tiny_run: Callable[..., RunConfig], steps: list[list[Group]], tmp_path: Path, stage: int
+) -> None:
+    """PPO on two ranks equals one process: the policy to the tolerance above, the critic's loss, gradient norm and
+    values too. A checkpoint restores both: the same update again ends where it did, with the same critic metrics."""
+
+    def config(learner: Mapping[str, Any]) -> RunConfig:
+        plain = tiny_run({}, {**LINEAR, **learner}, {}, {})
+        ppo = {"name": "ppo", "samples_per_prompt": 4, "kl": {"coef": 0.0}, "critic": {"lr": 0.1}}
+        return RunConfig.model_validate({**plain.model_dump(exclude_unset=True), "algorithm": ppo})
+
+    torch.set_num_threads(1)
+    weights, measured = in_one_process(config({}), steps)
+    ranks = launch(config({"engine": "deepspeed", "zero_stage": stage}), steps, 2, tmp_path)
+    first = ranks[0]
+    for mine, theirs in zip(first["weights"], weights, strict=False):
+        assert furthest(mine, theirs) <= TOLERANCE
+    for step, expected in enumerate(measured[:2]):
+        merged = values(merge([rank["metrics"][step] for rank in ranks]))
+        assert merged == pytest.approx(values(expected), rel=1e-3, abs=1e-5)
+        assert merged["value/grad_norm"] > 0.01
+    assert furthest(first["went on"], weights[2]) <= TOLERANCE
+    assert furthest(first["repeated"], first["went on"]) <= 1e-7
+    assert (tmp_path / "trainer" / "critic").is_dir()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -139,6 +140,50 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_parameters_as_an_undisturbe
     assert_bitwise_equal(policy(workplace / "straight", 6), policy(workplace / "killed", 6))
     assert verified(workplace / "killed") == verified(workplace / "straight")
     assert [row["step"] for row in rows(workplace / "killed")] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_actor_may_be_killed_and_the_run_ends_as_an_undisturbed_one(workplace: Path) -> None:
+    """SIGKILL of one actor of each role, one after the other, in one run; same parameters, bitwise, and a clean ledger.
+
+    Not covered: two deaths at once, the death of Ray's own processes.
+    """
+    (workplace / "cluster.yaml").write_text("threads_per_role: 1\n")
+    settings = ["plain.yaml", "loop.num_steps=200", "loop.checkpoint_every=5", "--cluster", "cluster.yaml"]
+    command = [*RLHF, "run", *settings, "--run-dir", "killed"]
+    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics_file = workplace / "killed/metrics.jsonl"
+    for restarts, role in enumerate(["Rollout", "PolicyRank", "JudgeHost", "ExperienceBuffer"]):
+        wait_for(
+            lambda restarts=restarts: (
+                metrics_file.exists()
+                and [row["faults/restarts"] for row in rows(workplace / "killed")].count(restarts) >= 3
+            ),
+            process,
+        )
+        victims = [
+            child.pid
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if " ".join(child.cmdline()).startswith(f"ray::{role}")
+        ]
+        os.kill(victims[0], signal.SIGKILL)
+    wait_for(lambda: any(row["faults/restarts"] == 4 for row in rows(workplace / "killed")), process)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    steps = len(rows(workplace / "killed"))
+    done(rlhf(workplace, "run", *settings, f"loop.num_steps={steps}", "--run-dir", "straight", "--in-process"))
+    assert_bitwise_equal(policy(workplace / "straight", steps), policy(workplace / "killed", steps))
+    assert verified(workplace / "killed")["trained"] == verified(workplace / "straight")["trained"] == steps * 4
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_and_deepspeed_share_one_process(workplace: Path) -> None:
+    settings = ["generation.engine=vllm", "generation.cache_gib=0.3", "learner.engine=deepspeed", "loop.num_steps=2"]
+    done(rlhf(workplace, "run", "plain.yaml", *settings, "--in-process", "--run-dir", "shared"))
+    assert verified(workplace / "shared")["trained"] == 8
 
 
 @pytest.mark.slow

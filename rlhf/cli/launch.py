@@ -13,7 +13,7 @@ from rlhf import checkpoint, metrics
 from rlhf.blueprint import draw, evaluation_sampling
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
-from rlhf.errors import RunFailed
+from rlhf.errors import ActorDied, RunFailed
 from rlhf.evaluation import heldout
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
@@ -49,20 +49,51 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+class Restarts:
+    """How often the team was built again because an actor died. `limit` bounds those in a row without a new step."""
+
+    def __init__(self, limit: int) -> None:
+        self.total = 0
+        self._limit, self._in_a_row, self._furthest = limit, 0, -1
+
+    def step_done(self, step: int) -> None:
+        """A step that was done before and is replayed is no progress."""
+        if step > self._furthest:
+            self._furthest, self._in_a_row = step, 0
+
+    def count(self, died: ActorDied) -> None:
+        """Raises RunFailed when there were too many."""
+        self.total += 1
+        self._in_a_row += 1
+        if self._in_a_row > self._limit:
+            raise RunFailed(
+                f"an actor died {self._in_a_row} times in a row without a new step; the last: {died}"
+            ) from died
+
+
 class Record:
     """The chronicle of a run in its directory: steps, evaluations, checkpoints."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, team: Team, source: PolicySource, prompts: Prompts, observer: Observer
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        team: Team,
+        source: PolicySource,
+        prompts: Prompts,
+        observer: Observer,
+        restarts: Restarts,
     ) -> None:
         self._config, self._run_dir, self._team, self._source = config, run_dir, team, source
-        self._heldout, self._observer = prompts.heldout_prompts(), observer
+        self._heldout, self._observer, self._restarts = prompts.heldout_prompts(), observer, restarts
         self._evaluations = run_dir / EVALUATIONS_FILE
         self._saved_at: int | None = None
 
     def step_done(self, step: int, measured: Metrics) -> None:
         values = metrics.values(measured)
-        self._observer.step(step, {"step": step, "policy_version": step + 1, **values})
+        told = {"step": step, "policy_version": step + 1, "faults/restarts": self._restarts.total, **values}
+        self._observer.step(step, told)
+        self._restarts.step_done(step)
         self._watch_mismatch(step, values.get("mismatch/logprob_abs_mean", 0.0))
 
     def _watch_mismatch(self, step: int, gap: float) -> None:
@@ -114,9 +145,32 @@ def run(
 ) -> Outcome:
     """Trains to the end, or until it is asked to stop; the run directory then holds everything to go on.
 
-    Raises what the parts raise (rlhf.errors); the observer has been told by then.
+    When an actor dies the team is built again: it goes on from the last checkpoint, and trains the steps since then
+    from the buffer. Raises what the parts raise (rlhf.errors).
     """
-    stop = StopRequest()
+    stop, restarts = StopRequest(), Restarts(config.loop.max_restarts)
+    while True:
+        try:
+            return _attempt(config, cluster, run_dir, prompts, observer, stop, restarts, in_process=in_process)
+        except ActorDied as died:
+            if stop():
+                return "interrupted"
+            restarts.count(died)
+            observer.note(f"{died}. The team is built again; nothing that was stored is generated again")
+
+
+def _attempt(
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: Prompts,
+    observer: Observer,
+    stop: StopRequest,
+    restarts: Restarts,
+    *,
+    in_process: bool,
+) -> Outcome:
+    """One team, from where the run directory stands to the end of the run, unless an actor dies before."""
     start = _where_to_start(run_dir, observer)
     first = start.updates if start else 0
     folder = start.folder if start else None
@@ -127,7 +181,7 @@ def run(
     # Ray puts its own handlers in place when it starts, so ours go on top of them.
     with _team(order, in_process) as (team, source), stop.listening():
         observer.started(config, first, config.loop.num_steps)
-        record = Record(config, run_dir, team, source, prompts, observer)
+        record = Record(config, run_dir, team, source, prompts, observer, restarts)
         try:
             updates = train(team, config.loop, record, stop)
         except Interrupted:

@@ -33,6 +33,8 @@ class RichProgress:
         how = f"going on at step {first_step}" if first_step else "starting"
         self._console.print(f"[bold]{config.algorithm.name}[/] on [bold]{escape(config.model.name)}[/], {how}")
         self._progress.start()
+        for task in self._progress.task_ids:  # of a team that died
+            self._progress.remove_task(task)
         self._task = self._progress.add_task("waiting for the first step", total=num_steps, completed=first_step)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

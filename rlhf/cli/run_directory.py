@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "loop.keep_checkpoints",
     "loop.eval_every",
     "loop.wait_timeout_s",
+    "loop.max_restarts",
     "reward.timeout_s",
     "evaluation.",
 )

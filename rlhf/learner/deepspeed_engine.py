@@ -99,8 +99,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Where `leaves_group`, which must be the last to close, leaves the process group."""
-        self._engine.destroy()
-        if self._leaves_group and dist.is_initialized():
+        if dist.is_initialized():  # vLLM in the same process ends the group for all when it is closed
+            self._engine.destroy()
+            if self._leaves_group:
+                dist.destroy_process_group()
             dist.destroy_process_group()
 
     def _plain_step(self) -> Step:
