@@ -1,4 +1,4 @@
-"""What the online algorithms without a critic share: how scores become rewards, rows, metrics; RLOO's loss.
+"""What the online algorithms share: how scores become rewards, rows, metrics; RLOO's loss.
 
     R = r - beta sum_t m_t d_t                       the KL price is part of the reward, before any baseline
     loss = -sum_i A_i sum_t m_t w_t l_t              arXiv 2402.14740, Eqs 3 and 6; w is the importance weight

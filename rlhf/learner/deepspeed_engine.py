@@ -103,7 +103,6 @@ class DeepSpeedEngine:
             self._engine.destroy()
             if self._leaves_group:
                 dist.destroy_process_group()
-            dist.destroy_process_group()
 
     def _plain_step(self) -> Step:
         """Averages whole gradients over ranks, so that their norm is the same on all of them."""
