@@ -211,8 +211,9 @@ def test_one_rank_in_bfloat16_follows_plain_torch(
 def test_a_critic_shares_the_process_group(
     tiny_run: Callable[..., RunConfig], steps: list[list[Group]], tmp_path: Path
 ) -> None:
-    """PPO on two ranks of ZeRO-3 equals one process: the policy to the tolerance above, the critic's loss, gradient norm and
-    values too. A checkpoint restores both: the same update again ends where it did, with the same critic metrics."""
+    """PPO on two ranks of ZeRO-3 equals one process: the policy to the tolerance above, the critic's loss, gradient
+    norm and values too. A checkpoint restores both: the same update again, whose advantages are made of the loaded
+    critic's values, ends where it did."""
 
     def config(learner: Mapping[str, Any]) -> RunConfig:
         plain = tiny_run({}, {**LINEAR, **learner}, {}, {})
