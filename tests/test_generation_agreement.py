@@ -47,7 +47,7 @@ class Setting:
                 trust_remote_code=False,
                 run_seed=3,
                 max_sequence_tokens=400,
-                max_sequences=16,
+                max_sequences=64,
                 cache_gib=0.1,
                 gpu_memory_fraction=0.5,
                 probe_tolerance=1e-3,
@@ -261,3 +261,13 @@ def test_a_consumer_that_stops_early_leaves_nothing_in_flight(setting: Setting) 
     groups.close()
     setting.engine.load(setting.publish())
     assert ids_of(setting.engine.generate(prompts(4), sampling(), 4, "sample")) == complete
+
+
+def test_prompts_that_do_not_fit_into_one_step_of_the_engine_are_answered_as_alone(setting: Setting) -> None:
+    """9,600 tokens of prompts: read in parts, they would make vLLM wind back generators, which fails on a CPU."""
+    random = np.random.default_rng(5)
+    many = [Prompt(n, n, 0, "p", "p", random.integers(5, 300, 150).astype(np.int32), {}) for n in range(64)]
+    together = {group.prompt.id: group for group in setting.engine.generate(many, sampling(), 1, "sample")}
+    assert sorted(together) == list(range(64))
+    (alone,) = setting.engine.generate(many[50:51], sampling(), 1, "sample")
+    assert alone.samples[0].token_ids.tolist() == together[50].samples[0].token_ids.tolist()

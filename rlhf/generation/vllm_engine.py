@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 REAP_TIMEOUT_S = 10.0
+TOKENS_PER_STEP = 4096  # of prompts that are read in one step of the engine, on a CPU
 
 # vLLM reads these at its import, so they are set before it. What the user has set stays.
 ENVIRONMENT = {
@@ -64,6 +65,9 @@ class VllmGenerator(VersionedGenerator):
                 generation_config="vllm",
                 distributed_executor_backend="uni",
                 enforce_eager=self._cpu,
+                # A prompt that is read in parts makes vLLM wind its sample's generator back, which a CPU's cannot do.
+                enable_chunked_prefill=False if self._cpu else None,
+                max_num_batched_tokens=max(TOKENS_PER_STEP, spec.max_sequence_tokens) if self._cpu else None,
                 kv_cache_memory_bytes=int(spec.cache_gib * GIB) if self._cpu else None,
                 gpu_memory_utilization=spec.gpu_memory_fraction,
                 disable_log_stats=True,

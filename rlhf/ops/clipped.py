@@ -1,46 +1,10 @@
-"""PPO's clipped losses as sums over a micro-batch (arXiv 1707.06347). Shapes: B rows, T positions, right-padded.
+"""PPO's clipped value loss as a sum over a micro-batch. Shapes: B rows, T positions, right-padded.
 
-Old log-probs, old values, advantages and returns carry no gradient. A position whose mask is false contributes nothing,
-whatever stands there.
-"""
+Old values and returns carry no gradient. The clipped policy loss is in `ops.losses`. A position whose mask is false
+contributes nothing, whatever stands there."""
 
 import torch
 from torch import Tensor
-
-# e^20 is 5e8: a log-ratio beyond it is held there, so that the loss stays finite. Such a position has no gradient and
-# is counted as clipped.
-LOG_RATIO_LIMIT = 20.0
-
-
-def clipped_policy_gradient(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    low: float,
-    high: float,
-    dual: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate and the number of positions where clipping took the gradient away (scalars).
-
-        rho_t = exp(l_t - l^old_t)
-        loss = sum_i sum_t m_t max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high))       arXiv 1707.06347, Eq 7
-
-    logprobs (B, T) with gradient; old_logprobs, advantages (B, T); mask (B, T) bool. high above low is
-    "clip-higher" (arXiv 2503.14476). dual c > 1, or None: where A < 0 the loss is at most -c A (arXiv 1912.09729),
-    because the maximum alone does not bound it. At rho = 1 the gradient is that of REINFORCE.
-    """
-    difference = torch.where(mask, logprobs - old_logprobs.detach(), 0)
-    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    credit = torch.where(mask, advantages, 0).detach()
-    plain = -credit * ratio
-    held = -credit * ratio.clamp(1 - low, 1 + high)
-    loss, clipped = torch.maximum(plain, held), held > plain
-    if dual is not None:
-        ceiling = torch.where(credit < 0, -dual * credit, torch.inf)
-        loss, clipped = torch.minimum(loss, ceiling), clipped | (loss > ceiling)
-    beyond = (difference.abs() > LOG_RATIO_LIMIT) & (credit != 0)
-    return loss.sum(), (clipped | beyond).sum()
 
 
 def clipped_value_loss(
