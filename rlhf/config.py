@@ -222,12 +222,6 @@ class GenerationConfig(Section):
             )
         return self
 
-    def mismatch_alarm_level(self, learner_dtype: Dtype) -> float:
-        """`mismatch_alarm` with its null filled in by the engine's precision, in nats a token."""
-        if self.mismatch_alarm is not None:
-            return self.mismatch_alarm
-        return 1e-3 if (self.dtype or learner_dtype) == "float32" else 0.1
-
 
 class LearnerConfig(Section):
     """How the policy is updated."""
