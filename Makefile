@@ -23,8 +23,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .PHONY: help
 help:
 	@echo 'make demo     train a small model with RLOO on Ray and vLLM; prints answers before and after (10 minutes on 2 cores)'
-	@echo 'make test     all tests but those that need a GPU'
+	@echo 'make test     all tests but those that need a GPU and the long ones'
+	@echo 'make soak     the long ones: killed and stopped processes by the hundred; writes docs/reliability.md'
+	@echo 'make back-to-basics, make rso-table'
+	@echo '              the tables of two papers in miniature, into docs/results (half an hour of one core each; resumable)'
 	@echo 'make lint     ruff, mypy and the import contracts; the same as CI'
+	@echo 'make simulate step time over engines and staleness in virtual time; writes docs/scaling.md'
 	@echo 'make install  .venv with the pinned lock and the project; the others do this by themselves'
 	@echo 'make lock     resolve requirements/$(LOCK).in again into requirements/$(LOCK).txt'
 	@echo 'make clean    remove build outputs and caches; make distclean removes .venv too'
@@ -33,10 +37,24 @@ help:
 demo: $(STAMP)
 	$(PY) -m rlhf.cli.main run configs/demo.yaml --run-dir runs/demo
 
+# Comparisons on a small language; each goes on where it was stopped. Results: docs/results/.
+.PHONY: back-to-basics rso-table
+back-to-basics rso-table: export HF_HUB_OFFLINE ?= 1
+back-to-basics: $(STAMP)
+	$(PY) -m examples.back_to_basics.compare
+rso-table: $(STAMP)
+	$(PY) -m examples.rso.compare
+
 .PHONY: test
 test: export OMP_NUM_THREADS ?= 2
 test: $(STAMP)
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu and not soak"
+
+# Everything too long for every change: hundreds of killed and stopped processes, long runs. Writes docs/reliability.md.
+.PHONY: soak
+soak: export OMP_NUM_THREADS ?= 2
+soak: $(STAMP)
+	$(PY) -m pytest -m "soak and not gpu" --timeout 5400
 
 .PHONY: lint
 lint: $(STAMP)
@@ -44,6 +62,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# A pool of 1 to 1,024 engines in virtual time: writes docs/scaling.md and docs/scaling.svg.
+.PHONY: simulate
+simulate: $(STAMP)
+	$(PY) docs/write_scaling.py
 
 .PHONY: install
 install: $(STAMP)

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from actors.worker import Place, place_of_this_actor
 from rlhf.experience import Group
 from rlhf.interfaces import Judge
 
@@ -16,15 +17,20 @@ class JudgeHost:
     def __init__(self, build: Callable[..., Judge], arguments: tuple[Any, ...]) -> None:
         self._judge = build(*arguments)
 
+    def where(self) -> Place:
+        return place_of_this_actor()
+
     def setup(self) -> None:
         self._judge.setup()
 
     def work(self, group: Group) -> Iterator[Any]:
-        """(prompt id, seconds), then the columns."""
+        """None and None, which is a mark: it has begun; then the columns and (prompt id, seconds)."""
+        yield None
+        yield None
         before = time.monotonic()
         columns = self._judge.judge(group)
-        yield group.prompt.id, time.monotonic() - before
         yield columns
+        yield group.prompt.id, time.monotonic() - before
 
     def close(self) -> None:
         self._judge.close()

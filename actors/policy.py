@@ -1,7 +1,8 @@
 """The policy trainer: a group of rank actors, and the driver's view of them as one learner."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ from actors import waiting
 from rlhf import metrics
 from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
+from rlhf.errors import TrainerDied
 from rlhf.experience import Columns, Group, TrainBatch, fill_in
 from rlhf.interfaces import Handle, Published
 from rlhf.learner.learner import PolicyLearner
 from rlhf.metrics import Metrics
 from rlhf.weights import Weights
 
+# How long the other ranks may take to fail, or to turn out dead, after one of them failed.
+PEERS_S = 10.0
+
 
 class PolicyRank:
     """One rank of the trainer. The ranks meet in collectives inside `update`, `publish`, `save` and `load`."""
 
-    def __init__(self, config: RunConfig, rank: int, world_size: int, threads: int) -> None:
+    def __init__(self, config: RunConfig, rank: int, world_size: int, threads: int, life: int) -> None:
+        """`life` counts the groups of ranks of this run; what a later one publishes replaces that of an earlier one."""
         self._config, self._rank, self._world_size, self._threads = config, rank, world_size, threads
+        self._life = life
 
     def meeting_point(self) -> str:
         """host:port where the ranks find each other; asked of rank 0, whose system picks the port."""
@@ -59,6 +66,7 @@ class PolicyRank:
         weights = self._learner.publish()
         if weights is None:
             return None, None
+        weights = replace(weights, life=self._life)
         return Published(weights.version, weights.fingerprint, weights.size_bytes, None), weights
 
     def save(self, folder: Path) -> None:
@@ -73,13 +81,25 @@ PolicyActor = ray.remote(PolicyRank)
 
 
 class RemoteLearner:
-    """`Learner` on Ray. Groups, batches and weights are references that go from actor to actor."""
+    """`Learner` on Ray. Groups, batches and weights are references that go from actor to actor.
 
-    def __init__(self, ranks: Sequence[ActorHandle], timeout_s: float, *, annotates: bool) -> None:
-        self._ranks = list(ranks)
+    A call that finds a rank dead raises TrainerDied; the next `load` then starts all ranks anew, because those that are
+    left wait for the dead one in a collective. hire and dismiss start and end the ranks of one life."""
+
+    def __init__(
+        self,
+        hire: Callable[[int], Sequence[ActorHandle]],
+        dismiss: Callable[[Sequence[ActorHandle]], None],
+        timeout_s: float,
+        *,
+        annotates: bool,
+    ) -> None:
+        self._hire, self._dismiss = hire, dismiss
         self._timeout_s = timeout_s
         self._annotates = annotates
-        self._version = 0
+        self._life, self._version = 0, 0
+        self._ranks = list(hire(0))
+        self._dead = False
 
     @property
     def version(self) -> int:
@@ -94,31 +114,49 @@ class RemoteLearner:
         if not self._annotates:
             return groups
         shares = [rank.annotate_share.remote(groups) for rank in self._ranks]
-        self._wait(shares, "annotating")
+        self._all(shares, "annotating")
         return self._ranks[0].fill_in.remote(groups, *shares)
 
     def prepare(self, groups: Handle) -> Handle:
         return self._ranks[0].prepare.remote(groups)
 
     def update(self, batch: Handle) -> Metrics:
-        answers = self._wait([rank.update.remote(batch) for rank in self._ranks], f"update {self._version + 1}")
+        answers = self._all([rank.update.remote(batch) for rank in self._ranks], f"update {self._version + 1}")
         self._version = answers[0][0]
         return metrics.merge(measured for _, measured in answers)
 
     def evaluate(self, groups: Handle) -> Metrics:
-        return metrics.merge(self._wait([rank.evaluate.remote(groups) for rank in self._ranks], "evaluating"))
+        return metrics.merge(self._all([rank.evaluate.remote(groups) for rank in self._ranks], "evaluating"))
 
     def publish(self) -> Published:
         refs: list[list[ray.ObjectRef[Any]]] = [rank.publish.options(num_returns=2).remote() for rank in self._ranks]
-        published, *_ = self._wait([summary for summary, _ in refs], f"publishing version {self._version}")
+        published, *_ = self._all([summary for summary, _ in refs], f"publishing version {self._version}")
         return Published(published.version, published.fingerprint, published.size_bytes, refs[0][1])
 
     def save(self, folder: Path) -> None:
-        self._wait([rank.save.remote(folder) for rank in self._ranks], f"saving to {folder}")
+        self._all([rank.save.remote(folder) for rank in self._ranks], f"saving to {folder}")
 
-    def load(self, folder: Path) -> None:
-        versions = self._wait([rank.load.remote(folder) for rank in self._ranks], f"loading {folder}")
-        self._version = versions[0]
+    def load(self, folder: Path | None) -> None:
+        if self._dead:
+            self._start_again()
+        if folder is not None:
+            versions = self._all([rank.load.remote(folder) for rank in self._ranks], f"loading {folder}")
+            self._version = versions[0]
 
-    def _wait(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-        return waiting.get(refs, f"policy trainer: {what}", self._timeout_s)
+    def _start_again(self) -> None:
+        self._dismiss(self._ranks)
+        self._life, self._version = self._life + 1, 0
+        self._ranks = list(self._hire(self._life))
+        self._all(self.begin_setup(), "setting up again")
+        self._dead = False
+
+    def _all(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+        """One answer a rank. Raises TrainerDied when one of the ranks is gone."""
+        named = {f"rank {rank}": ref for rank, ref in enumerate(refs)}
+        try:
+            return waiting.gather(named, f"policy trainer: {what}", self._timeout_s, PEERS_S)
+        except waiting.KnownActorDied as died:
+            if died.actor_id not in {rank._actor_id.hex() for rank in self._ranks}:
+                raise
+            self._dead = True
+            raise TrainerDied(str(died)) from died

@@ -1,89 +1,398 @@
-"""A pool of actors of one role that work on tasks: the `Workers` of a team on Ray.
+"""A pool of actors of one role: the `Workers` of a team on Ray. They may die, hang, join and leave during a run.
 
-Each actor has a method `work` that yields, for each finished prompt, first (prompt id, seconds) and then the value.
-The driver reads the first and passes the reference of the second on, so that a group is stored as soon as it is
-finished and never travels through the driver."""
+A thread looks after the workers, also while the driver is busy elsewhere: it reads what they yield (an item that nobody
+has read is lost with its actor), ends those that stopped advancing, and brings every new one to the newest weights
+before it gets work. What it finds, results and failures, is handed to the driver at its next call."""
 
-from collections import deque
-from collections.abc import Sequence
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from actors import waiting
-from rlhf.interfaces import Handle, Result, Task
+from actors import placement, waiting
+from actors.worker import Errand, Phase, Worker, cause_of_death
+from rlhf.errors import ActorDied, NoCapacity, RunFailed, WorkerLost
+from rlhf.interfaces import Handle, Published, Replacements, Result, Task
 from rlhf.weights import Receipt
 
+POLL_S = 0.02
+ANSWER_TIMEOUT_S = 60.0  # for an answer that Ray has said is there
+DRAIN_POLL_S = 2.0
+NOTE_EVERY_S = 10.0
+LOOKED_AWAY_S = 1.0  # a longer pause between two looks was this process's own, and is held against nobody
+QUEUED = 2  # tasks that a worker without weights holds at a time: one to work on, one to go on with
 
-@dataclass(slots=True)
-class _Errand:
-    """A task on an actor: its stream of results, and the prompts that have not come yet."""
 
-    task: Task
-    worker: int
-    stream: ray.ObjectRefGenerator
-    missing: set[int]
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """A role's pool in plain values. `needed` of `size` workers must be up for the run to start; `asks_for` says in
+    words what each takes; `silence_s` is how long one that holds work may show nothing."""
+
+    role: str
+    size: int
+    needed: int
+    takes_weights: bool
+    asks_for: str
+    silence_s: float
+    wait_timeout_s: float
+    placement_timeout_s: float
+    max_restarts: int
 
 
 class ActorWorkers:
-    """Actors of one role. Gives a task to the actor with the fewest; an actor works on its tasks in order."""
+    """Actors of one role, one a slot. `hire` makes the actor of a worker's name, `let_go` ends an actor for good."""
 
-    def __init__(self, role: str, actors: Sequence[ActorHandle], timeout_s: float) -> None:
-        self._names = [f"{role}-{number}" for number in range(len(actors))]
-        self._actors = list(actors)
-        self._timeout_s = timeout_s
-        self._errands: list[_Errand] = []
+    def __init__(
+        self,
+        spec: PoolSpec,
+        hire: Callable[[str], ActorHandle],
+        let_go: Callable[[ActorHandle], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._spec, self._hire, self._let_go, self._note = spec, hire, let_go, note
+        self._queue: deque[Task] = deque()
+        self._finished: deque[Result] = deque()
+        self._notes: deque[str] = deque()
+        self._failure: Exception | None = None
+        self._published: Published | None = None
+        self._receipts: dict[str, Receipt] = {}
+        self._lost: Counter[str] = Counter()  # died, hung, left
+        self._incarnations: Counter[int] = Counter()
+        self._fruitless: Counter[int] = Counter()  # by slot: deaths since its last result
+        now = time.monotonic()
+        self._looked = self._drains_looked = self._last_up = self._last_placed = self._told = now
+        self._started = False  # whether enough workers were up once
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._workers = [self._new_worker(slot) for slot in range(spec.size)]
+        self._thread = threading.Thread(target=self._look_after, name=f"pool of {spec.role}", daemon=True)
+        self._thread.start()
 
-    def submit(self, task: Task) -> None:
-        worker = min(range(len(self._actors)), key=lambda w: (self._load_of(w), w))
-        stream: ray.ObjectRefGenerator = self._actors[worker].work.options(num_returns="streaming").remote(task.payload)
-        self._errands.append(_Errand(task, worker, stream, set(task.prompt_ids)))
+    # For the driver.
+
+    def wait_until_up(self) -> None:
+        """Until enough workers are set up for the run to start. Raises what their set-up raised, NoCapacity where they
+        find no room."""
+        while True:
+            with self._changed:
+                self._raise_failure()
+                if self._count("without weights", "ready") >= self._spec.needed:
+                    self._started = True
+                    return
+                self._changed.wait(POLL_S)
+            self._tell_notes()
+
+    def submit(self, task: Task, worker: str | None) -> None:
+        with self._changed:
+            if worker is None:
+                self._queue.append(task)
+                self._dispatch()
+                return
+            named = next((each for each in self._workers if each.name == worker and each.is_free), None)
+            if named is None:
+                gone = WorkerLost(f"{worker} left before it began", counted=False)
+                self._finished.append(Result(task.number, task.prompt_ids, None, gone, worker, 0.0))
+            else:
+                named.start(task, bound=True)
 
     def collect(self, timeout_s: float) -> list[Result]:
-        if not self._errands:
-            return []
-        by_stream = {errand.stream: errand for errand in self._errands}
-        ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s, fetch_local=False)
-        results: deque[Result] = deque()
-        for stream in ready:
-            results.append(self._next(by_stream[stream]))
-        self._errands = [errand for errand in self._errands if errand.missing]
-        return list(results)
+        self._tell_notes()
+        with self._changed:
+            if not self._finished and (self._is_busy() or not self._count("ready")):
+                self._changed.wait_for(lambda: bool(self._finished or self._failure), timeout_s)
+            results = list(self._finished)
+            self._finished.clear()
+            if not results:
+                self._raise_failure()
+            return results
 
-    def room(self) -> int:
-        return sum(self._load_of(worker) == 0 for worker in range(len(self._actors)))
+    def free(self) -> list[str]:
+        with self._changed:
+            return [] if self._queue else [worker.name for worker in self._workers if worker.is_free]
+
+    def size(self) -> int:
+        with self._changed:
+            return self._count("ready")
 
     def holding(self) -> list[str]:
-        return [
-            f"{self._names[errand.worker]} holds prompts {', '.join(map(str, sorted(errand.missing)[:8]))}"
-            f"{' …' if len(errand.missing) > 8 else ''}"
-            for errand in self._errands
-        ]
+        now = time.monotonic()
+        with self._changed:
+            lines = [line for worker in self._workers for line in worker.holding(now)]
+            return lines + [f"nobody yet has prompts {sorted(task.prompt_ids)[:8]}" for task in self._queue]
 
-    def load(self, weights: Handle) -> list[Receipt]:
-        refs = [actor.load.remote(weights) for actor in self._actors]
-        return waiting.get(refs, f"{', '.join(self._names)} loading weights", self._timeout_s)
+    def replaced(self) -> Replacements:
+        with self._changed:
+            return Replacements(self._lost["died"], self._lost["hung"], self._lost["left"])
+
+    def load(self, published: Published) -> list[Receipt]:
+        """Waits for the workers that are up now, or for their loss; those that come up later load before they work."""
+        with self._changed:
+            self._published = published
+            self._receipts.clear()
+            asked = [worker for worker in self._workers if worker.phase in ("without weights", "ready")]
+            for worker in asked:
+                if not worker.leaving:
+                    worker.joined = True
+                    self._begin_loading(worker)
+        while True:
+            with self._changed:
+                self._raise_failure()
+                if not any(worker.phase == "loading" for worker in asked if worker in self._workers):
+                    return [receipt for _, receipt in sorted(self._receipts.items())]
+                self._changed.wait(POLL_S)
+            self._tell_notes()
 
     def fetch(self, handle: Handle) -> Any:
-        return waiting.get([handle], "fetching a value", self._timeout_s)[0]
+        return waiting.get([handle], "fetching a value", self._spec.wait_timeout_s)[0]
 
-    def _load_of(self, worker: int) -> int:
-        return sum(errand.worker == worker for errand in self._errands)
+    def close(self) -> None:
+        """Ends the thread, and the workers that have not found a place; the others are their owner's to end."""
+        self._closing.set()
+        self._thread.join(timeout=ANSWER_TIMEOUT_S)
+        for worker in self._workers:
+            if worker.phase == "asked":
+                self._let_go(worker.actor)
 
-    def _next(self, errand: _Errand) -> Result:
-        """The next result of a stream that has one; an error ends the task for all its prompts that are still
-        missing."""
-        name = self._names[errand.worker]
-        try:
-            prompt_id, seconds = ray.get(next(errand.stream), timeout=self._timeout_s)
-            value = next(errand.stream)
-        except RayError as error:
-            lost, errand.missing = tuple(sorted(errand.missing)), set()
-            return Result(
-                errand.task.number, lost, None, waiting.failure_of(error, f"{name} at prompts {lost[:8]}"), name, 0.0
-            )
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _tell_notes(self) -> None:
+        while self._notes:
+            self._note(self._notes.popleft())
+
+    # In the thread, but for what `submit` and `load` share with it under the lock.
+
+    def _look_after(self) -> None:
+        while not self._closing.is_set():
+            with self._changed:
+                awaited: list[Any] = [errand.stream for worker in self._workers for errand in list(worker.errands)[:1]]
+                awaited += [worker.awaited for worker in self._workers if worker.comes_up]
+            if awaited:
+                ray.wait(awaited, num_returns=1, timeout=POLL_S, fetch_local=False)
+            else:
+                self._closing.wait(POLL_S)
+            with self._changed:
+                try:
+                    self._turn()
+                except Exception as failure:  # noqa: BLE001  the driver raises it at its next call
+                    self._failure = failure
+                    self._closing.set()
+                self._changed.notify_all()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        away, self._looked = now - self._looked, now
+        for worker in list(self._workers):
+            if away > LOOKED_AWAY_S:
+                worker.sign, worker.since = worker.sign + away, worker.since + away
+            self._read(worker)
+        for worker in list(self._workers):
+            if worker.comes_up:
+                self._bring_up(worker)
+        if now - self._drains_looked > DRAIN_POLL_S:
+            self._drains_looked = now
+            self._heed_drains()
+        for worker in list(self._workers):
+            self._end_if_silent(worker)
+            if worker.leaving and not worker.errands:
+                self._retire(worker)
+        self._dispatch()
+        self._watch_capacity()
+
+    def _new_worker(self, slot: int) -> Worker:
+        number, self._incarnations[slot] = self._incarnations[slot], self._incarnations[slot] + 1
+        name = f"{self._spec.role}-{slot}" + (f".{number}" if number else "")
+        actor, now = self._hire(name), time.monotonic()
+        return Worker(slot, name, actor, actor.where.remote(), now, now)
+
+    def _read(self, worker: Worker) -> None:
+        """What the worker has yielded; a death ends all that it holds, another error its task."""
+        while worker.errands:
+            errand = worker.errands[0]
+            try:
+                for value, header in errand.pairs():
+                    worker.sign = time.monotonic()
+                    self._finished.append(self._result(worker, errand, value, header))
+            except RayError as error:
+                if worker.died_by(error):
+                    self._lose(worker, "died", cause_of_death(error), counted=True)
+                    return
+                self._fail(worker, errand, waiting.failure_of(error, f"{worker.name} at prompts {errand.named}"))
+            except RunFailed as error:
+                self._fail(worker, errand, error)
+            if errand.missing:
+                return
+            worker.errands.popleft()
+
+    def _result(self, worker: Worker, errand: Errand, value: Handle, header: tuple[int, float] | None) -> Result:
+        if header is None:
+            return Result(errand.task.number, (), None, None, worker.name, 0.0)
+        prompt_id, seconds = header
         errand.missing.discard(prompt_id)
-        return Result(errand.task.number, (prompt_id,), value, None, name, seconds)
+        self._fruitless[worker.slot] = 0
+        return Result(errand.task.number, (prompt_id,), value, None, worker.name, seconds)
+
+    def _fail(self, worker: Worker, errand: Errand, error: Exception) -> None:
+        lost, errand.missing = tuple(sorted(errand.missing)), set()
+        self._finished.append(Result(errand.task.number, lost, None, error, worker.name, 0.0))
+
+    def _bring_up(self, worker: Worker) -> None:
+        """The next phase, once what the worker waits for is there."""
+        if worker.phase == "loading" and worker.errands:
+            return  # a worker does one thing after the other: it loads once its task is done
+        if not ray.wait([worker.awaited], timeout=0, fetch_local=False)[0]:
+            return
+        try:
+            answer = ray.get(worker.awaited, timeout=ANSWER_TIMEOUT_S)
+        except RayError as error:
+            self._not_up(worker, error)
+            return
+        if worker.phase == "asked":
+            worker.place = answer
+            worker.enter("setting up", worker.actor.setup.remote())
+        elif worker.phase == "setting up" and not self._spec.takes_weights:
+            self._is_up(worker)
+        elif worker.phase == "setting up":
+            worker.enter("without weights", worker.awaited)
+            if self._published is not None:
+                self._begin_loading(worker)
+        elif worker.loading is not None and worker.loading is self._published:
+            worker.loading.check(answer)
+            worker.version, self._receipts[worker.name] = answer.version, answer
+            self._is_up(worker)
+        else:
+            self._begin_loading(worker)  # a newer version was published meanwhile
+
+    def _begin_loading(self, worker: Worker) -> None:
+        assert self._published is not None
+        worker.loading = self._published
+        worker.enter("loading", worker.actor.load.remote(self._published.weights))
+
+    def _is_up(self, worker: Worker) -> None:
+        worker.enter("ready", worker.awaited)
+        if self._started and not worker.joined:
+            at = "" if worker.version is None else f" at version {worker.version}"
+            self._notes.append(f"{worker.name} joins{at}")
+        worker.joined = True
+
+    def _not_up(self, worker: Worker, error: RayError) -> None:
+        """Its own death is made good, lost weights are published again by the next learner; all else is an error of
+        the run: a model that does not load, weights that do not fit."""
+        if worker.died_by(error):
+            self._lose(worker, "died", cause_of_death(error), counted=False)
+            return
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise RunFailed(f"{worker.name} could not be built: {error}")
+        failure = waiting.failure_of(error, f"{worker.name} {worker.phase}")
+        if worker.phase != "loading" or not isinstance(failure, ActorDied):
+            raise failure
+        worker.enter("without weights", worker.awaited)
+        self._notes.append(f"{worker.name} has no weights: {failure}")
+
+    def _heed_drains(self) -> None:
+        """A worker whose node is about to go gets no new task and is replaced at once; it may finish what it has."""
+        draining = placement.draining_nodes()
+        for worker in list(self._workers):
+            if worker.leaving or worker.place is None or worker.place.node_id not in draining:
+                continue
+            worker.leaving = True
+            self._lost["left"] += 1
+            self._notes.append(f"{worker.name} leaves, its node {worker.place.host} is drained; another is asked for")
+            self._workers.append(self._new_worker(worker.slot))
+
+    def _retire(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        self._let_go(worker.actor)
+
+    def _end_if_silent(self, worker: Worker) -> None:
+        """A worker that holds work and does not advance, or that is not up after too long, is ended."""
+        now = time.monotonic()
+        if worker.errands and now - worker.sign > self._spec.silence_s:
+            why = f"did not advance for {now - worker.sign:.0f} s"
+        elif (
+            worker.phase in ("setting up", "loading")
+            and not worker.errands
+            and (now - max(worker.since, worker.sign) > self._spec.wait_timeout_s)
+        ):
+            why = f"was {worker.phase} for {now - worker.since:.0f} s"
+        else:
+            return
+        self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
+
+    def _lose(self, worker: Worker, how: str, why: str, *, counted: bool) -> None:
+        """Ends what the worker held, and the worker, and asks for another one in its place.
+
+        Only what it had begun is suspected; tasks of which it had not heard go back to the queue."""
+        node_gone = how == "died" and worker.place is not None and not placement.is_alive(worker.place.node_id)
+        what = "left with its node" if node_gone else how
+        message = f"{worker.name} {what}: {why}"
+        held_by_it = "; ".join(f"prompts {errand.named}" for errand in worker.errands) or "nothing"
+        for errand in worker.errands:
+            if not errand.begun and not errand.bound:
+                self._queue.appendleft(errand.task)
+                continue
+            suspects = counted and errand.begun and not node_gone and not worker.leaving
+            error = WorkerLost(message, counted=suspects)
+            prompts = tuple(sorted(errand.missing))
+            self._finished.append(Result(errand.task.number, prompts, None, error, worker.name, 0.0))
+        worker.errands.clear()
+        self._retire(worker)
+        if worker.leaving:
+            return
+        self._lost["left" if node_gone else how] += 1
+        if not node_gone:
+            self._count_fruitless(worker, message)
+        self._notes.append(f"{message}. It held {held_by_it}. Another one takes its place")
+        self._workers.append(self._new_worker(worker.slot))
+
+    def _count_fruitless(self, worker: Worker, message: str) -> None:
+        self._fruitless[worker.slot] += 1
+        if self._fruitless[worker.slot] > self._spec.max_restarts:
+            raise RunFailed(
+                f"{self._spec.role}-{worker.slot} was lost {self._fruitless[worker.slot]} times in a row without a "
+                f"result (loop.max_restarts is {self._spec.max_restarts}); the last: {message}"
+            )
+
+    def _dispatch(self) -> None:
+        """Tasks for nobody in particular go to the workers with the fewest."""
+        room = 1 if self._spec.takes_weights else QUEUED
+        while self._queue:
+            able = [worker for worker in self._workers if worker.phase == "ready" and not worker.leaving]
+            able = [worker for worker in able if len(worker.errands) < room]
+            if not able:
+                return
+            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(self._queue.popleft(), bound=False)
+
+    def _watch_capacity(self) -> None:
+        """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""
+        now = time.monotonic()
+        placed = sum(worker.place is not None for worker in self._workers)
+        if placed >= (1 if self._started else self._spec.needed):
+            self._last_placed = now
+        up = any(worker.joined or worker.phase == "without weights" for worker in self._workers if not worker.leaving)
+        if up or not self._started:
+            self._last_up = self._told = now
+        without_s = now - self._last_up
+        standing = ", ".join(f"{worker.name} {worker.phase}" for worker in self._workers)
+        if now - self._told >= NOTE_EVERY_S:
+            self._told = now
+            self._notes.append(f"no {self._spec.role} worker is up for {without_s:.0f} s, the run waits: {standing}")
+        if now - self._last_placed > self._spec.placement_timeout_s:
+            raise NoCapacity(
+                f"{self._spec.role}: too few workers have found a place for {now - self._last_placed:.0f} s; each "
+                f"asks for {self._spec.asks_for}; the cluster has {placement.supply()}. The same command goes on "
+                "with the run"
+            )
+
+    def _is_busy(self) -> bool:
+        return bool(self._queue) or any(worker.errands for worker in self._workers)
+
+    def _count(self, *phases: Phase) -> int:
+        return sum(worker.phase in phases and not worker.leaving for worker in self._workers)

@@ -6,10 +6,13 @@ from typing import Any
 
 import ray
 
+from actors.worker import Place, place_of_this_actor
 from rlhf.config import RunConfig
 from rlhf.generation.build import build_generator
 from rlhf.interfaces import Request
 from rlhf.weights import Receipt, Weights
+
+MARK_EVERY_S = 1.0
 
 
 class Rollout:
@@ -18,6 +21,9 @@ class Rollout:
     def __init__(self, config: RunConfig, name: str) -> None:
         self._generator = build_generator(config, name)
 
+    def where(self) -> Place:
+        return place_of_this_actor()
+
     def setup(self) -> None:
         self._generator.setup()
 
@@ -25,16 +31,23 @@ class Rollout:
         return self._generator.load(weights)
 
     def work(self, request: Request) -> Iterator[Any]:
-        """For each group: (prompt id, seconds since the last one), then the group."""
-        before = time.monotonic()
-        groups = self._generator.generate(
+        """For each group: the group, then (prompt id, seconds since the last one). None and None, at the start and
+        every second or so in which the engine advanced: a mark."""
+        yield None
+        yield None
+        before = marked = time.monotonic()
+        for group in self._generator.steps(
             request.prompts, request.sampling, request.samples_per_prompt, request.purpose
-        )
-        for group in groups:
+        ):
             now = time.monotonic()
-            yield group.prompt.id, now - before
-            yield group
-            before = time.monotonic()
+            if group is not None:
+                yield group
+                yield group.prompt.id, now - before
+                before = marked = now
+            elif now - marked >= MARK_EVERY_S:
+                yield None
+                yield None
+                marked = now
 
     def close(self) -> None:
         self._generator.close()

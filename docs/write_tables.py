@@ -1,13 +1,16 @@
-"""Writes the generated tables of configuration.md and metrics.md from the code: `python docs/write_tables.py`.
+"""Writes the generated tables of the pages from the code: `python docs/write_tables.py`.
 
 A table stands between two comment lines, `<!-- table: NAME -->` and `<!-- end -->`; everything else is written by hand.
 """
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
+from rlhf.chaos.plan import KINDS, When
+from rlhf.chaos.points import MESSAGES, MOMENTS
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_keys import all_keys
@@ -32,9 +35,31 @@ def metric_table() -> str:
     return "\n".join(lines)
 
 
+def fault_table() -> str:
+    lines = ["| kind | what happens | its other keys |", "|---|---|---|"]
+    for kind in KINDS:
+        (name,) = get_args(kind.model_fields["kind"].annotation)
+        own = [key for key in all_keys(kind) if "." not in key.name and key.name not in ("kind", "when")]
+        keys = "; ".join(f"`{key.name}` ({key.default}): {key.meaning}" for key in own)
+        lines.append(f"| `{name}` | {_cell(kind.model_fields['kind'].description or '')} | {_cell(keys)} |")
+    return "\n".join(lines)
+
+
+def moment_table() -> str:
+    lines = ["| point | where: what has happened |", "|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {_cell(meaning)} |" for name, meaning in {**MOMENTS, **MESSAGES}.items()])
+
+
 def filled(text: str) -> str:
     """The page with its tables as the code says."""
-    tables = {"run file": key_table(RunConfig), "cluster file": key_table(Cluster), "metrics": metric_table()}
+    tables = {
+        "run file": key_table(RunConfig),
+        "cluster file": key_table(Cluster),
+        "metrics": metric_table(),
+        "faults": fault_table(),
+        "when": key_table(When),
+        "moments": moment_table(),
+    }
     pattern = re.compile(r"(<!-- table: ([a-z ]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: match.group(1) + tables[match.group(2)] + match.group(3), text)
 
@@ -44,6 +69,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in ("configuration.md", "metrics.md"):
+    for name in ("configuration.md", "metrics.md", "reliability.md"):
         page = FOLDER / name
         page.write_text(filled(page.read_text()))

@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlhf.chaos.points import point
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -44,33 +46,44 @@ def write(run_dir: Path, updates: int, info: Mapping[str, Any], save: Callable[[
     final = run_dir / FOLDER / f"step-{updates:06d}"
     if final.exists():
         if not problems(final):
-            return _read(final)
+            return read(final)
         _remove(final)
     beside = final.with_name(f".{final.name}.{os.getpid()}")
     _remove(beside)
     beside.mkdir(parents=True)
+    point("checkpoint: folder made")
     save(beside)
-    files = {}
-    for path in sorted(p for p in beside.rglob("*") if p.is_file()):
-        _sync(path)
-        files[path.relative_to(beside).as_posix()] = {"size": path.stat().st_size, "blake2b": _checksum(path)}
-    manifest = {"format": FORMAT, "updates": updates, "info": dict(info), "files": files}
-    (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(beside / MANIFEST)
-    for folder in [p for p in beside.rglob("*") if p.is_dir()] + [beside]:
-        _sync(folder)
+    point("checkpoint: parts written")
+    seal(beside, updates, info)
     os.rename(beside, final)
+    point("checkpoint: renamed")
     _sync(final.parent)
-    return _read(final)
+    point("checkpoint: committed")
+    return read(final)
+
+
+def seal(folder: Path, updates: int, info: Mapping[str, Any]) -> None:
+    """Syncs what is in a folder and writes the manifest with the checksum of every file, last."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": _checksum(path)}
+    point("checkpoint: parts synced")
+    manifest = {"format": FORMAT, "updates": updates, "info": dict(info), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(folder / MANIFEST)
+    point("checkpoint: manifest written")
+    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
+        _sync(inner)
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[Rejected]]:
     """The newest valid checkpoint, checked byte by byte, and the newer folders that were refused, with reasons."""
     rejected: list[Rejected] = []
-    for folder in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
+    for folder in reversed(folders(run_dir)):
         found = problems(folder)
         if not found:
-            return _read(folder), rejected
+            return read(folder), rejected
         rejected.append(Rejected(folder, found[0]))
     return None, rejected
 
@@ -96,19 +109,42 @@ def problems(folder: Path) -> list[str]:
         return [f"{path}: unreadable: {error!r}"]
 
 
-def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Removes all but the newest `keep` checkpoints and what interrupted writes left; returns what it removed.
+def committed(run_dir: Path) -> list[int]:
+    """The updates before each checkpoint that looks whole, ascending: files and sizes, not checksums."""
+    return [updates_of(folder.name) for folder in folders(run_dir) if _looks_whole(folder)]
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """Everything under a checkpoint's name, whole or not, oldest first."""
+    named = [folder for folder in (run_dir / FOLDER).glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
+    return sorted(named, key=lambda folder: updates_of(folder.name))
+
+
+def updates_of(name: str) -> int:
+    """10 of `step-000010`."""
+    return int(name.removeprefix("step-"))
+
+
+def prune(run_dir: Path, keep: int, also: Collection[int]) -> list[Path]:
+    """Removes all checkpoints but the newest `keep` whole ones and those of the updates in `also`, and what
+    interrupted writes left; returns what it removed.
 
     Call it only after a newer checkpoint is committed.
     """
     root = run_dir / FOLDER
-    old = sorted(root.glob("step-*"), reverse=True)[keep:] + sorted(root.glob(".step-*"))
+    kept = {*committed(run_dir)[-keep:], *also}
+    old = [folder for folder in folders(run_dir) if updates_of(folder.name) not in kept]
+    left = sorted(root.glob(".step-*"))
     for folder in old:
         _remove(folder)
-    return old
+    for folder in left:
+        shutil.rmtree(folder)
+    point("checkpoint: old ones removed")
+    return old + left
 
 
-def _read(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Checkpoint:
+    """What the manifest of a valid checkpoint says."""
     manifest = json.loads((folder / MANIFEST).read_text())
     return Checkpoint(folder, int(manifest["updates"]), manifest["info"])
 
@@ -139,8 +175,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _looks_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _remove(folder: Path) -> None:
-    """Removes a folder; the manifest first, so that a removal that is cut short leaves no checkpoint."""
+    """Removes a folder; it loses its name first, so that a removal that is cut short leaves no half checkpoint."""
     if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.removed.{os.getpid()}")
+        os.rename(folder, gone)
+        point("checkpoint: old one renamed")
+        shutil.rmtree(gone)

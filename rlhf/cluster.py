@@ -8,16 +8,51 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from rlhf.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from rlhf.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class Role(Section):
     """The actors of one role. CPUs are logical: Ray counts them, and they set the thread count of the actor."""
 
     replicas: PositiveInt = Field(default=1, description="actors of this role")
+    min_replicas: PositiveInt | None = Field(
+        default=None,
+        description="the run starts with so many and takes the others, up to `replicas`, as they find room; null: all. "
+        "For rollout, reference and reward",
+    )
     cpus: NonNegativeFloat = Field(default=1.0, description="CPUs of each")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each")
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.min_replicas is not None and self.min_replicas > self.replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than replicas={self.replicas}")
+        return self
+
+    @property
+    def needed(self) -> int:
+        """Without so many the run does not start."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+
+class StoragePlace(Section):
+    """Where a copy of the run directory is kept, so that the run outlives its machine."""
+
+    address: str | None = Field(
+        default=None,
+        description="any fsspec address, such as s3://bucket/run, of this run alone: checkpoints and copies of the "
+        "buffer; an empty run directory is filled from it; null: off",
+    )
+    buffer_every: NonNegativeInt = Field(
+        default=0, description="steps between uploads of the buffer; 0: only with checkpoints"
+    )
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> Self:
+        if self.address is None and self.buffer_every:
+            raise ValueError(f"buffer_every={self.buffer_every} would do nothing without an address")
+        return self
 
 
 class Cluster(Section):
@@ -34,6 +69,7 @@ class Cluster(Section):
     threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="compute threads of each actor; null: its CPUs, rounded up"
     )
+    storage: StoragePlace = Field(default_factory=StoragePlace, description="a copy of the run elsewhere")
     trainer: Role = Field(default_factory=Role, description="ranks of the policy trainer")
     rollout: Role = Field(default_factory=Role, description="rollout engines")
     reference: Role = Field(default_factory=Role, description="reference models")
@@ -41,11 +77,23 @@ class Cluster(Section):
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
 
     @model_validator(mode="after")
-    def _one_ledger(self) -> Self:
+    def _fixed_in_number(self) -> Self:
         if self.buffer.replicas != 1:
             raise ValueError(f"buffer.replicas must be 1, the ledger has one writer; found {self.buffer.replicas}")
+        for name, role in (("trainer", self.trainer), ("buffer", self.buffer)):
+            if role.min_replicas is not None:
+                raise ValueError(f"{name}.min_replicas: the {name} does not grow or shrink during a run; leave it out")
         return self
 
     def threads_of(self, role: Role) -> int:
         """Compute threads of an actor of this role, the same in one process and on Ray."""
         return self.threads_per_role or max(1, math.ceil(role.cpus))
+
+
+def this_machine(cores: int) -> Cluster:
+    """What a run without a cluster file gets: every model may use all cores, since most of the time one of them works.
+
+    cores, those of the machine. The CPUs are logical, so that they add up to more than there are.
+    """
+    whole = Role(cpus=cores)
+    return Cluster(trainer=whole, rollout=whole, reference=whole)

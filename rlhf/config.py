@@ -10,9 +10,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, model_validator
 
+from rlhf.config_engines import GenerationConfig as GenerationConfig
+from rlhf.config_engines import LearnerConfig as LearnerConfig
 from rlhf.config_online import Aggregation as Aggregation
 from rlhf.config_online import GrpoConfig as GrpoConfig
 from rlhf.config_online import KlConfig as KlConfig
+from rlhf.config_online import OffPolicyConfig as OffPolicyConfig
+from rlhf.config_online import OffPolicyCorrected as OffPolicyCorrected
 from rlhf.config_online import OnlineConfig as OnlineConfig
 from rlhf.config_online import PpoConfig as PpoConfig
 from rlhf.config_online import RaftConfig as RaftConfig
@@ -25,6 +29,12 @@ from rlhf.config_preferences import OnlineDpoConfig as OnlineDpoConfig
 from rlhf.config_preferences import PreferenceLossConfig as PreferenceLossConfig
 from rlhf.config_preferences import RejectionConfig as RejectionConfig
 from rlhf.config_preferences import RsoConfig as RsoConfig
+from rlhf.config_reward import LlmConfig as LlmConfig
+from rlhf.config_reward import RankerConfig as RankerConfig
+from rlhf.config_reward import ReferenceConfig as ReferenceConfig
+from rlhf.config_reward import RewardConfig as RewardConfig
+from rlhf.config_reward import RewardPart as RewardPart
+from rlhf.config_reward import RewardSource as RewardSource
 from rlhf.config_section import Dtype as Dtype
 from rlhf.config_section import Fraction as Fraction
 from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
@@ -33,12 +43,13 @@ from rlhf.config_section import PositiveFloat as PositiveFloat
 from rlhf.config_section import PositiveInt as PositiveInt
 from rlhf.config_section import Section as Section
 
-RecordKind = Literal["prompts", "preferences", "demonstrations"]
+RecordKind = Literal["prompts", "preferences", "demonstrations", "comparisons"]
 # What an algorithm is trained on, by its name; those that are not named here answer prompts with the policy.
 TRAINED_ON: Mapping[str, RecordKind] = {
     "sft": "demonstrations",
     "dpo": "preferences",
     "reward_model": "preferences",
+    "pairwise_ranker": "comparisons",
 }
 
 
@@ -50,12 +61,17 @@ class LoraConfig(Section):
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="which layers get an adapter"
     )
+    base: Literal["plain", "nf4"] = Field(
+        default="plain",
+        description="the frozen base: `plain`, in the precision of the passes, or `nf4`, in 4 bits (QLoRA), which "
+        "needs the package bitsandbytes and learner.engine=torch",
+    )
 
 
 class ModelConfig(Section):
     """The policy; the reference and the rollout engines start as copies of it."""
 
-    name: str = Field(description="`tiny`, `tiny-untied`, `smollm2`, a hub name, or a local folder")
+    name: str = Field(description="`tiny`, `tiny-untied`, `tiny_t5`, `smollm2`, a hub name, or a local folder")
     lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the whole model")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         default="sdpa", description="attention implementation, the same in every log-prob pass"
@@ -94,6 +110,17 @@ class RewardModelConfig(Section):
         return 1
 
 
+class PairwiseRankerConfig(Section):
+    """A pairwise ranker: which of two answers is better (arXiv 2305.10425). It has no settings of its own."""
+
+    name: Literal["pairwise_ranker"] = Field(description="which algorithm")
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """The two orders of a comparison are one unit of the batch."""
+        return 1
+
+
 AlgorithmConfig = Annotated[
     RlooConfig
     | ReinforceConfig
@@ -104,6 +131,7 @@ AlgorithmConfig = Annotated[
     | RaftConfig
     | SftConfig
     | RewardModelConfig
+    | PairwiseRankerConfig
     | DpoConfig
     | OnlineDpoConfig
     | RsoConfig,
@@ -157,6 +185,18 @@ class DataConfig(Section):
     )
 
 
+class MixConfig(Section):
+    """Rows of data beside the policy's samples in every step; they never age.
+
+    Preferences for online_dpo and rso, demonstrations for the other algorithms that sample."""
+
+    data: DataConfig = Field(description="the preferences or demonstrations; their heldout must be 0")
+    rows_per_step: PositiveInt = Field(description="rows a step, out of loop.groups_per_step; the rest is sampled")
+    coef: PositiveFloat = Field(
+        default=1.0, description="weight of the rows' mean loss, which is added to that of the samples (PPO-ptx: gamma)"
+    )
+
+
 class LoopConfig(Section):
     """How long, in what portions, and when to look."""
 
@@ -169,127 +209,27 @@ class LoopConfig(Section):
     )
     checkpoint_every: NonNegativeInt = Field(default=10, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: PositiveInt = Field(default=2, description="how many of the newest checkpoints are kept")
+    keep_best: str | None = Field(
+        default=None,
+        description="the best checkpoint by this held-out measure is kept, too: `reward`; for data one of the loss, "
+        "such as `loss/nll` (smaller is better) or `rewards/accuracies`; null: off",
+    )
     eval_every: NonNegativeInt = Field(
         default=0, description="steps between evaluations; 0: before the first step and after the last"
     )
     max_restarts: NonNegativeInt = Field(
-        default=3, description="how often in a row, without a new step, the team is built again after an actor died"
+        default=3,
+        description="how often in a row, without a new step, the team, or the trainer or buffer alone, is built again "
+        "after an actor died; and how often in a row, without a result, a rollout engine or judge is replaced",
     )
     wait_timeout_s: PositiveFloat = Field(
         default=600.0, description="longest wait for rollouts, judges, updates or weights"
     )
-
-
-class GenerationConfig(Section):
-    """How the policy is sampled."""
-
-    engine: Literal["vllm", "transformers"] = Field(default="vllm", description="rollout engine")
-    max_new_tokens: PositiveInt = Field(description="longest completion")
-    temperature: PositiveFloat = Field(
-        default=1.0, description="softmax temperature, applied in every log-prob pass too"
+    heartbeat_timeout_s: PositiveFloat = Field(
+        default=120.0,
+        description="a rollout engine or judge that holds work and does not advance for so long is ended and replaced; "
+        "a reward function may use its reward.timeout_s on top",
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="must be 1 in training: see the error")
-    top_k: NonNegativeInt = Field(default=0, description="must be 0 (all tokens) in training: see the error")
-    dtype: Dtype | None = Field(
-        default=None, description="precision of the engine's weights; null: that of the learner"
-    )
-    cache_gib: PositiveFloat = Field(default=1.0, description="memory for vLLM's KV cache, in GiB (CPU)")
-    gpu_memory_fraction: Fraction = Field(default=0.5, description="share of a GPU's memory that vLLM may use")
-    max_sequences: PositiveInt = Field(default=64, description="sequences that one engine samples at the same time")
-    probe_tolerance: PositiveFloat | None = Field(
-        default=None,
-        description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 1.0 in bfloat16",
-    )
-    mismatch_alarm: PositiveFloat | None = Field(
-        default=None,
-        description="mean |log-prob difference| to the learner that is reported; null: 1e-4 float32, 0.1 bfloat16",
-    )
-    mismatch_stop: PositiveFloat | None = Field(
-        default=None, description="mean |log-prob difference| to the learner that stops the run; null: never"
-    )
-
-    @model_validator(mode="after")
-    def _no_truncated_sampling(self) -> Self:
-        if self.top_p < 1:
-            raise ValueError(
-                "top_p below 1 biases every importance ratio: the engine renormalises over the kept tokens, the "
-                "learner does not. Use 1.0 in training and shape the samples with temperature"
-            )
-        if self.top_k > 0:
-            raise ValueError(
-                "top_k above 0 biases every importance ratio: the engine renormalises over the kept tokens, the "
-                "learner does not. Use 0 (all tokens) in training and shape the samples with temperature"
-            )
-        return self
-
-
-class LearnerConfig(Section):
-    """How the policy is updated."""
-
-    engine: Literal["torch", "deepspeed"] = Field(
-        default="deepspeed", description="plain torch (one process) or DeepSpeed"
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="what DeepSpeed shards over ranks")
-    dtype: Dtype = Field(
-        default="float32", description="precision of the passes; bfloat16 keeps float32 master weights"
-    )
-    lr: PositiveFloat = Field(default=1e-6, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
-    warmup_steps: NonNegativeInt = Field(default=0, description="optimizer steps in which the rate rises from 0")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="of AdamW")
-    adam_betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
-    adam_eps: PositiveFloat = Field(default=1e-8, description="of AdamW")
-    max_grad_norm: PositiveFloat = Field(default=1.0, description="gradients are scaled down to this norm")
-    epochs: PositiveInt = Field(default=1, description="passes over a step's batch")
-    minibatches: PositiveInt = Field(default=1, description="optimizer steps in one pass")
-    tokens_per_microbatch: PositiveInt = Field(
-        default=4096, description="padded tokens in one forward pass; more are accumulated. A single row may be longer"
-    )
-    packing: bool = Field(default=False, description="rows of a micro-batch one behind the other instead of padded")
-    logit_chunk: PositiveInt = Field(
-        default=512, description="completion positions whose logits exist at the same time"
-    )
-    threads: PositiveInt | None = Field(
-        default=None, description="CPU threads of a trainer rank; null: what the cluster file gives"
-    )
-
-
-class RewardConfig(Section):
-    """What is good: a Python function or a reward model, one of the two."""
-
-    function: str | None = Field(
-        default=None,
-        description="`package.module:name` or `path/to/file.py:name`: "
-        "f(prompts, completions, **columns) -> list[float | None]",
-    )
-    model: str | None = Field(
-        default=None, description="a reward model (sequence classifier with one label): a local folder or a hub name"
-    )
-    timeout_s: PositiveFloat = Field(
-        default=60.0, description="with `function`: time limit of one call, which scores one group"
-    )
-    isolate: bool = Field(
-        default=True,
-        description="with `function`: run it in a worker process; false: in this one, for a debugger, without limit",
-    )
-    dtype: Dtype = Field(default="float32", description="with `model`: precision of the reward model")
-    read_at: Literal["eos", "end"] = Field(
-        default="eos",
-        description="with `model`: the token that is scored: the EOS behind the answer (reward models trained here), "
-        "or the last of what the model's chat template writes",
-    )
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.function is None) == (self.model is None):
-            found = "neither is set" if self.function is None else "both are set"
-            raise ValueError(f"exactly one of function and model says what is good; {found}")
-        idle = {"dtype", "read_at"} if self.model is None else {"timeout_s", "isolate"}
-        ignored = [key for key, value in self if key in idle and value != type(self).model_fields[key].default]
-        if ignored:
-            other, this = ("model", "function") if self.model is None else ("function", "model")
-            raise ValueError(f"{' and '.join(ignored)} would do nothing: with {this} set there is no reward {other}")
-        return self
 
 
 class EvaluationConfig(Section):
@@ -306,6 +246,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="the policy")
     algorithm: AlgorithmConfig = Field(description="how credit is assigned and what the loss is; a union on its name")
     data: DataConfig = Field(description="the prompts, preferences or demonstrations")
+    mix: MixConfig | None = Field(default=None, description="rows of data beside the policy's samples in every step")
     loop: LoopConfig = Field(description="how long, in what portions, and when to look")
     generation: GenerationConfig | None = Field(
         default=None, description="how the policy is sampled; only for algorithms that do so, which need it"
@@ -322,6 +263,13 @@ class RunConfig(Section):
     def records(self) -> RecordKind:
         """What the algorithm is trained on; with "prompts" the policy is sampled."""
         return TRAINED_ON.get(self.algorithm.name, "prompts")
+
+    @property
+    def mixed_records(self) -> RecordKind | None:
+        """What the rows are that are trained on beside the policy's samples."""
+        if self.mix is None:
+            return None
+        return "preferences" if isinstance(self.algorithm, OnlineDpoConfig | RsoConfig) else "demonstrations"
 
     @property
     def judged_by_reward(self) -> bool:
@@ -352,6 +300,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_tell_the_best(self) -> Self:
+        loop = self.loop
+        if loop.keep_best is None:
+            return self
+        if self.records == "prompts" and loop.keep_best != "reward":
+            raise ValueError(f"loop.keep_best={loop.keep_best}: held-out answers are measured by `reward`")
+        needed = {
+            "data.heldout": self.data.heldout,
+            "loop.eval_every": loop.eval_every,
+            "loop.checkpoint_every": loop.checkpoint_every,
+        }
+        idle = [key for key, value in needed.items() if not value]
+        if idle:
+            raise ValueError(f"loop.keep_best={loop.keep_best} would do nothing: {' and '.join(idle)} must be above 0")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (
             self.learner.engine == "torch"
@@ -359,8 +324,12 @@ class RunConfig(Section):
             and "zero_stage" in self.learner.model_fields_set
         ):
             raise ValueError("learner.zero_stage is DeepSpeed's: with learner.engine=torch nothing is sharded")
-        if isinstance(self.algorithm, RewardModelConfig):
+        if self.model.lora is not None and self.model.lora.base == "nf4" and self.learner.engine != "torch":
+            raise ValueError("model.lora.base=nf4: DeepSpeed cannot hold a base in 4 bits; use learner.engine=torch")
+        if isinstance(self.algorithm, RewardModelConfig | PairwiseRankerConfig):
             self._fits_a_reward_model()
+        if self.reward is not None and self.records == "prompts":
+            self._fits_comparisons(self.reward)
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} is more than the samples of a step "
@@ -368,8 +337,37 @@ class RunConfig(Section):
             )
         return self
 
+    def _fits_comparisons(self, reward: RewardConfig) -> None:
+        comparing = [key for key, source in reward.sources().items() if source.compares]
+        if comparing and self.algorithm.samples_per_prompt < 2:
+            raise ValueError(f"{comparing[0]} compares a group's answers: algorithm.samples_per_prompt is 1; use 2")
+        if comparing and self.data.heldout:
+            raise ValueError(
+                f"{comparing[0]} compares the answers of a group, and a held-out prompt has one answer; use "
+                "data.heldout=0, or (llm) against_column"
+            )
+
+    @model_validator(mode="after")
+    def _fits_the_mix(self) -> Self:
+        if self.mix is None:
+            return self
+        if self.records != "prompts":
+            raise ValueError(f"mix: algorithm.name={self.algorithm.name} does not sample, so there is nothing beside")
+        if self.mix.rows_per_step >= self.loop.groups_per_step:
+            raise ValueError(
+                f"mix.rows_per_step={self.mix.rows_per_step} leaves no prompt to sample: expected less than "
+                f"loop.groups_per_step={self.loop.groups_per_step}"
+            )
+        if self.mix.data.heldout:
+            raise ValueError("mix.data.heldout: what is held out are prompts of data; expected 0")
+        if isinstance(self.algorithm, RsoConfig) and self.algorithm.reference == "sampler":
+            raise ValueError("mix: no policy sampled the rows, so algorithm.reference=sampler has none; use frozen")
+        return self
+
     def _fits_a_reward_model(self) -> None:
         if self.model.lora is not None:
             raise ValueError("model.lora: a reward model is trained whole, a new head would be frozen; leave it out")
         if self.learner.packing:
             raise ValueError("learner.packing: a reward model's rows are padded; use false")
+        if self.records == "comparisons" and self.data.system_prompt is not None:
+            raise ValueError("data.system_prompt would do nothing: a pairwise ranker reads prompt and answers alone")

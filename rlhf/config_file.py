@@ -12,40 +12,77 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf.chaos.plan import ChaosPlan
 from rlhf.cluster import Cluster
-from rlhf.config import RunConfig
+from rlhf.config import PpoConfig, RewardConfig, RewardSource, RunConfig
 from rlhf.config_keys import explain
 from rlhf.errors import BadInput
 from rlhf.yaml_reader import parse
 
 Model = TypeVar("Model", bound=BaseModel)
+Source = TypeVar("Source", bound=RewardSource)
 
 
 def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
     """The run file with the overrides applied, checked, its relative paths made absolute.
 
-    A relative `data.path`, `model.name`, `reward.model` or file of `reward.function` is looked for below the current
-    directory, then below the run file's folder; what is in neither stays as it is (a hub name, an import path, or its
-    reader's error).
+    A relative `data.path`, `mix.data.path`, `model.name`, `algorithm.critic.init`, or file or folder of the reward is
+    looked for below the current directory, then below the run file's folder; what is in neither stays as it is (a hub
+    name, an import path, or its reader's error).
     """
     config = _load(path, overrides, RunConfig)
     folders = (Path.cwd(), path.resolve().parent)
     model, data, reward = config.model, config.data, config.reward
     if reward is not None:
-        file, colon, name = (reward.function or "").rpartition(":")
-        if file.endswith(".py"):
-            reward = reward.model_copy(update={"function": _absolute(file, folders) + colon + name})
-        if reward.model is not None and _is_path(reward.model):
-            reward = reward.model_copy(update={"model": _absolute(reward.model, folders)})
+        reward = _absolute_reward(reward, folders)
     if _is_path(model.name):
         model = model.model_copy(update={"name": _absolute(model.name, folders)})
     data = data.model_copy(update={"path": _absolute(data.path, folders)})
-    return config.model_copy(update={"model": model, "data": data, "reward": reward})
+    algorithm = config.algorithm
+    if isinstance(algorithm, PpoConfig) and _is_path(algorithm.critic.init):
+        critic = algorithm.critic.model_copy(update={"init": _absolute(algorithm.critic.init, folders)})
+        algorithm = algorithm.model_copy(update={"critic": critic})
+    mix = config.mix
+    if mix is not None:
+        rows = mix.data.model_copy(update={"path": _absolute(mix.data.path, folders)})
+        mix = mix.model_copy(update={"data": rows})
+    return config.model_copy(
+        update={"model": model, "algorithm": algorithm, "data": data, "mix": mix, "reward": reward}
+    )
+
+
+def _absolute_reward(reward: RewardConfig, folders: Sequence[Path]) -> RewardConfig:
+    found = _absolute_source(reward, folders)
+    if found.parts is not None:
+        parts = {name: _absolute_source(part, folders) for name, part in found.parts.items()}
+        found = found.model_copy(update={"parts": parts})
+    if found.reference is not None:
+        path = _absolute(found.reference.path, folders)
+        found = found.model_copy(update={"reference": found.reference.model_copy(update={"path": path})})
+    return found
+
+
+def _absolute_source(source: Source, folders: Sequence[Path]) -> Source:
+    update: dict[str, object] = {}
+    file, colon, name = (source.function or "").rpartition(":")
+    if file.endswith(".py"):
+        update["function"] = _absolute(file, folders) + colon + name
+    if source.model is not None and _is_path(source.model):
+        update["model"] = _absolute(source.model, folders)
+    if source.ranker is not None and _is_path(source.ranker.model):
+        model = _absolute(source.ranker.model, folders)
+        update["ranker"] = source.ranker.model_copy(update={"model": model})
+    return source.model_copy(update=update)
 
 
 def load_cluster(path: Path, overrides: Sequence[str]) -> Cluster:
     """The cluster file with the overrides applied, checked."""
     return _load(path, overrides, Cluster)
+
+
+def load_chaos(path: Path) -> ChaosPlan:
+    """The chaos file, checked."""
+    return _load(path, [], ChaosPlan)
 
 
 def dump(config: BaseModel) -> str:

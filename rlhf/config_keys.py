@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -17,6 +17,7 @@ NEAREST = 0.6  # difflib's own cutoff for close matches
 ELSEWHERE = {
     "learner.learning_rate": "learner.lr",
     "algorithm.beta": "algorithm.kl.coef",
+    "algorithm.ratio_cap": "algorithm.off_policy.cap",
     "algorithm.num_generations": "algorithm.samples_per_prompt",
     "generation.max_tokens": "generation.max_new_tokens",
     "loop.batch_size": "loop.groups_per_step",
@@ -63,12 +64,19 @@ def nearest(name: str, kind: type[BaseModel]) -> str | None:
     theirs = {key: known for key, known in ELSEWHERE.items() if known in ours}
     best, best_score = None, NEAREST
     for key, known in {**ours, **theirs}.items():
-        whole = difflib.SequenceMatcher(None, name, key).ratio()
+        whole = difflib.SequenceMatcher(None, name, _named_as(key, name)).ratio()
         part = difflib.SequenceMatcher(None, last, key.rpartition(".")[2]).ratio()
         score = max(whole, 0.95 * part)  # on a tie the key of the same section wins
         if score > best_score:
             best, best_score = known, score
     return best
+
+
+def _named_as(key: str, name: str) -> str:
+    """The key with the name that a person chose where the table says NAME."""
+    parts, chosen = key.split("."), name.split(".")
+    at = parts.index("NAME") if "NAME" in parts else len(chosen)
+    return key if at >= len(chosen) else ".".join([*parts[:at], chosen[at], *parts[at + 1 :]])
 
 
 def explain(
@@ -77,7 +85,9 @@ def explain(
     """One line a fault: where it was written, the key, what was found, what is expected."""
     lines: list[str] = []
     for fault in error.errors(include_url=False):
-        key = _key_of(fault, data) + (".name" if fault["type"].startswith("union_tag") else "")
+        key = _key_of(fault, data)
+        if fault["type"].startswith("union_tag"):
+            key += "." + fault["ctx"]["discriminator"].strip("'")
         cause = next((text for name, text in overrides.items() if f"{key}.".startswith(f"{name}.")), None)
         place = f"override '{cause}'" if cause else file
         line = f"{place}: {_in_words(fault, key, kind)}"
@@ -145,16 +155,24 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[Key]:
         key = f"{prefix}{name}"
         sections = _sections(field.annotation)
         yield Key(key, _type_in_words(field), _default(field), field.description or "", bool(sections))
+        below = f"{key}.NAME." if _names_sections(field.annotation) else f"{key}."
         for section in sections:
-            yield from _walk(section, f"{key}.")
+            yield from _walk(section, below)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, dict):
         return [section for part in get_args(annotation) for section in _sections(part)]
     return []
+
+
+def _names_sections(annotation: Any) -> bool:
+    """Whether the sections of a field have names that people choose."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(_names_sections(part) for part in get_args(annotation))
+    return get_origin(annotation) is dict and bool(_sections(annotation))
 
 
 def _default(field: FieldInfo) -> str:
@@ -179,7 +197,8 @@ def _type_in_words(field: FieldInfo) -> str:
 
 def _words(annotation: Any, metadata: list[Any]) -> str:
     if _sections(annotation):
-        return "section or null" if type(None) in get_args(annotation) else "section"
+        section = "sections by name" if _names_sections(annotation) else "section"
+        return f"{section} or null" if type(None) in get_args(annotation) else section
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         flat = [m for item in more for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
@@ -193,7 +212,8 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is dict:
         return "names with numbers"
     name = {str: "text", bool: "true or false", int: "whole number", float: "number"}[annotation]
-    return f"{name} {', '.join(_bound(bound) for bound in metadata)}".strip()
+    bounds = [_bound(bound) for bound in metadata if not isinstance(bound, AfterValidator | StringConstraints)]
+    return f"{name} {', '.join(bounds)}".strip()
 
 
 def _bound(bound: Any) -> str:

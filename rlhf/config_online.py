@@ -25,6 +25,21 @@ class KlConfig(Section):
         description="with place `loss`: k2 of the sequence has the gradient of its reverse KL; k2_token is the sum of "
         "the tokens' k2; k3 (GRPO's) has the gradient of the forward KL",
     )
+    target: PositiveFloat | None = Field(
+        default=None,
+        description="KL of a completion, in nats, that coef is moved to hold (arXiv 1909.08593); null: coef stays",
+    )
+    horizon: PositiveFloat = Field(
+        default=10_000.0, description="with `target`: samples over which coef may move by a fifth of itself"
+    )
+
+    @model_validator(mode="after")
+    def _can_move(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("target moves coef by a share of itself, and 0 stays 0: coef must be above 0")
+        if self.target is None and "horizon" in self.model_fields_set and self.horizon != 10_000.0:
+            raise ValueError("horizon would do nothing without target")
+        return self
 
 
 class MissingEosConfig(Section):
@@ -84,18 +99,69 @@ class ClipConfig(Section):
     dual: Annotated[float, Field(gt=1)] | None = Field(
         default=None, description="tokens with negative credit stop above this ratio, too; null: off"
     )
-
-
-class RlooConfig(GroupedConfig):
-    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
-
-    name: Literal["rloo"] = Field(description="which algorithm")
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
+    centre: Literal["old", "behavior"] = Field(
+        default="old",
+        description="what the ratio is to: the weights at the start of the step (decoupled from the sampler, which "
+        "off_policy corrects for: arXiv 2110.00641), or the sampler (PPO as it was, for fresh samples)",
     )
 
 
-class ReinforceConfig(OnlineConfig):
+class OffPolicyConfig(Section):
+    """What is done about samples that older weights drew, or an engine that disagrees with the learner.
+
+    The ratio is that of the weights at the start of the step to the sampler, exp(l^old - l^b).
+    """
+
+    weight: Literal["token", "sequence", "none"] = Field(
+        default="token",
+        description="importance weight of a stale sample: each token's own ratio, that of its whole completion, or "
+        "none (a control for experiments); fresh samples have weight 1",
+    )
+    cap: PositiveFloat = Field(default=2.0, description="a weight above this becomes this (truncation)")
+    reject: Literal["none", "token", "sequence", "sequence_mean"] = Field(
+        default="none",
+        description="what is left out of the gradient when its ratio is outside [low, high]: nothing; a token, by its "
+        "own; a completion, by its tokens' product or by their geometric mean",
+    )
+    low: NonNegativeFloat = Field(default=0.5, description="with `reject`: least ratio that is kept; 0: no such bound")
+    high: PositiveFloat = Field(default=5.0, description="with `reject`: largest ratio that is kept")
+    fresh_too: bool = Field(
+        default=False,
+        description="correct samples of the current weights, too, for what the rollout engine computes otherwise than "
+        "the learner; costs a pass without gradient where no other setting needs it",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must be below high={self.high}")
+        idle = {"low", "high"} if self.reject == "none" else set()
+        idle |= {"cap"} if self.weight == "none" else set()
+        ignored = sorted(key for key, value in self if key in idle and value != type(self).model_fields[key].default)
+        if ignored:
+            raise ValueError(
+                f"{' and '.join(ignored)} would do nothing with weight={self.weight} and reject={self.reject}"
+            )
+        if self.fresh_too and self.weight == "none" and self.reject == "none":
+            raise ValueError("fresh_too would do nothing: neither weight nor reject corrects anything")
+        return self
+
+
+class OffPolicyCorrected(Section):
+    """What the policy-gradient algorithms share: their samples may be stale."""
+
+    off_policy: OffPolicyConfig = Field(
+        default_factory=OffPolicyConfig, description="what is done about samples that other weights drew"
+    )
+
+
+class RlooConfig(OffPolicyCorrected, GroupedConfig):
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
+
+    name: Literal["rloo"] = Field(description="which algorithm")
+
+
+class ReinforceConfig(OffPolicyCorrected, OnlineConfig):
     """REINFORCE, the whole completion as one action (arXiv 2402.14740, section 2)."""
 
     name: Literal["reinforce"] = Field(description="which algorithm")
@@ -103,9 +169,21 @@ class ReinforceConfig(OnlineConfig):
         default="moving_average",
         description="what is subtracted from the reward: nothing, the mean of all earlier batches, or of this batch",
     )
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
-    )
+
+
+class ClippedObjective(OffPolicyCorrected):
+    """What those share that clip the ratio (PPO's objective)."""
+
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
+
+    @model_validator(mode="after")
+    def _corrected_once(self) -> Self:
+        if self.clip.centre == "behavior" and self.off_policy.weight != "none":
+            raise ValueError(
+                "clip.centre=behavior puts the ratio to the sampler into the objective, and off_policy.weight="
+                f"{self.off_policy.weight} would weigh by it once more: set off_policy.weight to none"
+            )
+        return self
 
 
 class GrpoKlConfig(KlConfig):
@@ -118,7 +196,7 @@ class GrpoKlConfig(KlConfig):
     )
 
 
-class GrpoConfig(GroupedConfig):
+class GrpoConfig(ClippedObjective, GroupedConfig):
     """Group-relative policy optimisation (arXiv 2402.03300); with scale none and aggregation constant, Dr. GRPO."""
 
     name: Literal["grpo"] = Field(description="which algorithm")
@@ -130,14 +208,10 @@ class GrpoConfig(GroupedConfig):
         "over n or over n - 1, or nothing (Dr. GRPO)",
     )
     std_eps: NonNegativeFloat = Field(default=1e-4, description="added to that standard deviation")
-    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
     aggregation: Aggregation = Field(
         default="sequence_mean",
         description="a step's loss: the mean over tokens; over completions of their tokens' mean, or sum; or of their "
         "sum divided by generation.max_new_tokens (`constant`, Dr. GRPO)",
-    )
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
 
 
@@ -147,17 +221,13 @@ class PlusPlusKlConfig(KlConfig):
     coef: NonNegativeFloat = Field(default=0.01, description="beta, the price of one nat; 0 needs no reference model")
 
 
-class ReinforcePlusPlusConfig(OnlineConfig):
+class ReinforcePlusPlusConfig(ClippedObjective, OnlineConfig):
     """REINFORCE++: token returns whitened over the whole batch (arXiv 2501.03262)."""
 
     name: Literal["reinforce_plus_plus"] = Field(description="which algorithm")
     kl: PlusPlusKlConfig = Field(default_factory=PlusPlusKlConfig, description="the price of leaving the reference")
-    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
     aggregation: Aggregation = Field(
         default="sequence_mean", description=GrpoConfig.model_fields["aggregation"].description
-    )
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
 
 
@@ -171,24 +241,26 @@ class PlusPlusBaselineKlConfig(KlConfig):
     )
 
 
-class ReinforcePlusPlusBaselineConfig(GroupedConfig):
+class ReinforcePlusPlusBaselineConfig(ClippedObjective, GroupedConfig):
     """REINFORCE++-baseline: distance from the group's mean, whitened over the whole batch (arXiv 2501.03262)."""
 
     name: Literal["reinforce_plus_plus_baseline"] = Field(description="which algorithm")
     kl: PlusPlusBaselineKlConfig = Field(
         default_factory=PlusPlusBaselineKlConfig, description="the price of leaving the reference"
     )
-    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
     aggregation: Aggregation = Field(
         default="sequence_mean", description=GrpoConfig.model_fields["aggregation"].description
-    )
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
 
 
 class CriticConfig(Section):
-    """The value model: the policy's model at the start with a scalar head, trained whole beside the policy."""
+    """The value model: a trunk of its own with a scalar head, trained whole beside the policy."""
+
+    init: str = Field(
+        default="policy",
+        description="what it starts from: `policy`, the policy's model with a new head, or a reward model with the "
+        "policy's tokenizer, trunk and head: a local folder or a hub name",
+    )
 
     lr: PositiveFloat = Field(
         default=1e-5, description="peak learning rate of its own AdamW; the rest is that of the learner section"
@@ -198,7 +270,7 @@ class CriticConfig(Section):
     )
 
 
-class PpoConfig(OnlineConfig):
+class PpoConfig(ClippedObjective, OnlineConfig):
     """Proximal policy optimisation with a critic (arXiv 1707.06347; for language models arXiv 2203.02155)."""
 
     name: Literal["ppo"] = Field(description="which algorithm")
@@ -211,10 +283,6 @@ class PpoConfig(OnlineConfig):
     )
     whiten_advantages: bool = Field(
         default=True, description="advantages with mean 0 and standard deviation 1 over all tokens of the step"
-    )
-    clip: ClipConfig = Field(default_factory=ClipConfig, description="how far one step may move the policy")
-    ratio_cap: PositiveFloat = Field(
-        default=2.0, description="cap of the importance weight of stale samples; fresh ones have weight 1"
     )
     critic: CriticConfig = Field(default_factory=CriticConfig, description="the value model")
 

@@ -233,6 +233,13 @@ class TrainBatch:
             raise ValueError(f"rows of a train batch differ in their columns: {sorted(map(sorted, names))}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MixedBatch(TrainBatch):
+    """What the policy sampled, and beside it rows of data: a batch with a loss, a count and minibatches of its own."""
+
+    beside: TrainBatch
+
+
 def _check_ids(where: str, ids: Ids) -> None:
     if ids.dtype != np.int32 or ids.ndim != 1:
         raise ValueError(f"{where}: token ids must be a flat int32 array, not {_describe(ids)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rlhf.errors import RunFailed
 from rlhf.experience import Columns, Group, Prompt, Sampling
 from rlhf.metrics import Metrics
 
@@ -26,6 +27,14 @@ class Published:
     fingerprint: str
     size_bytes: int
     weights: Handle
+
+    def check(self, receipt: "Receipt") -> None:
+        """Raises RunFailed when an engine took something else than this."""
+        if (receipt.version, receipt.fingerprint) != (self.version, self.fingerprint):
+            raise RunFailed(
+                f"{receipt.engine} holds version {receipt.version} ({receipt.fingerprint}), published was "
+                f"{self.version} ({self.fingerprint})"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,8 @@ class Task:
 class Result:
     """One finished group or column set of a task, or the error that ended the task for all its unfinished prompts.
 
-    `seconds` is how long the worker spent on it.
+    `seconds` is how long the worker spent on it. Without prompts it is a mark: the worker has advanced, nothing is
+    finished. WorkerLost as error: the worker is gone and replaced, the prompts are free for another one.
     """
 
     task: int
@@ -93,22 +103,41 @@ class Result:
     seconds: float
 
 
-class Workers(Protocol):
-    """Some workers of one role. Never blocks longer than asked."""
+@dataclass(frozen=True, slots=True)
+class Replacements:
+    """Workers that were replaced: `died` by themselves, `hung` and were ended, `left` with their node."""
 
-    def submit(self, task: Task) -> None: ...
+    died: int
+    hung: int
+    left: int
+
+
+class Workers(Protocol):
+    """Some workers of one role, which may die, be replaced, join and leave. Never blocks longer than asked."""
+
+    def submit(self, task: Task, worker: str | None) -> None:
+        """Hands a task to one of `free`, or, with None, to whoever is free first."""
 
     def collect(self, timeout_s: float) -> list[Result]:
-        """What has finished since the last call; waits up to timeout_s for the first."""
+        """What has finished since the last call; waits up to timeout_s for the first. Each prompt of a task comes back
+        once, finished or with the error that ended it."""
 
-    def room(self) -> int:
-        """How many more tasks can be started now."""
+    def free(self) -> list[str]:
+        """The workers that can start a task now: they hold the published weights, nothing to do, and are not
+        leaving."""
+
+    def size(self) -> int:
+        """How many workers can work, busy or not. With 0 the workers watch their own deadline."""
 
     def holding(self) -> list[str]:
-        """Who holds what, one line a busy worker, for progress and for the error when a deadline passes."""
+        """Who holds which prompts, at which version and for how long, one line a busy worker."""
 
-    def load(self, weights: Handle) -> list["Receipt"]:
-        """All workers take a published version; raises WeightMismatch when one of them cannot verify it."""
+    def load(self, published: Published) -> list["Receipt"]:
+        """All workers take a published version, those that join later before they get work; raises WeightMismatch when
+        one of them cannot verify it."""
+
+    def replaced(self) -> "Replacements":
+        """How many workers were replaced so far, by cause."""
 
     def fetch(self, handle: Handle) -> Any:
         """The value behind a handle, for the few callers that must look inside (evaluation)."""
@@ -139,7 +168,8 @@ class Learner(Protocol):
         """Writes `policy/` (loads with from_pretrained) and `trainer/` (everything else) into an existing empty
         folder."""
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path | None) -> None:
+        """Goes on from a checkpoint; with None, from the start of the run. Ranks that died are started anew before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +191,34 @@ class Counts:
     duplicated: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A prompt handed out for generation. The ticket grows with each lease, so that the answer to an old lease is told
+    from that to a new one; attempts are the earlier leases of the prompt that a worker died or hung in."""
+
+    prompt_id: int
+    ticket: int
+    attempts: int
+
+
 class Buffer(Protocol):
     """The durable heart: every call is one transaction, idempotent, and durable when it returns.
 
     A prompt moves pending -> leased -> complete -> trained(step), or -> dropped(reason).
     """
 
-    def lease(self, count: int, owner: str) -> list[int]:
-        """Takes `count` prompt ids for generation: pending ones first, lowest first, then new ids counting up."""
+    def lease(self, count: int, owner: str, request: int) -> list[Lease]:
+        """Takes up to `count` prompts for generation: pending ones first, lowest first, then new ids counting up; one
+        with failed attempts comes alone. The same request number again gets the same leases."""
 
-    def add_group(self, prompt_id: int, group: Handle) -> bool:
-        """Stores a generated group of a leased prompt. False, and nothing stored, when it has one already."""
+    def add_group(self, prompt_id: int, ticket: int, group: Handle) -> bool:
+        """Stores a generated group of a leased prompt. False, and nothing stored, when the lease has ended."""
 
     def add_columns(self, prompt_id: int, columns: Handle) -> bool:
         """Stores a judge's columns; the prompt is complete once all required columns are there."""
 
-    def release(self, prompt_id: int, reason: str) -> bool:
-        """A lease that came to nothing: pending again, or dropped after too many attempts (returns False then)."""
+    def release(self, prompt_id: int, ticket: int, reason: str, *, counted: bool) -> bool:
+        """A lease that came to nothing: pending again, or dropped after too many counted ones (returns False then)."""
 
     def drop(self, prompt_id: int, reason: str) -> None: ...
 
@@ -197,6 +238,9 @@ class Buffer(Protocol):
 
     def commit(self, step: int, groups: Handle, version: int, fingerprint: str, metrics: Mapping[str, float]) -> None:
         """Makes a step part of history: its prompts are trained, the learner's columns stored. Again: a no-op."""
+
+    def rewind(self, step: int) -> None:
+        """The committed steps from `step` on are trained again, with the groups that they had."""
 
     def counts(self) -> Counts: ...
 

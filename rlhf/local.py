@@ -1,6 +1,6 @@
 """The team in one process: the same parts as on Ray, without it, under any debugger."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,12 @@ from rlhf.generation.build import build_generator
 from rlhf.interfaces import Judge, Published
 from rlhf.judges.build import build_reward_judge
 from rlhf.judges.reference import ReferenceJudge
+from rlhf.judges.weighted import Scale
 from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team
 from rlhf.metrics import Metrics
-from rlhf.sources import JudgeDesk, PolicySource
-from rlhf.team import MAX_ATTEMPTS, Order, assemble, dataset_workers, examines, pins
+from rlhf.sources import MAX_ATTEMPTS, JudgeDesk, PolicySource
+from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, scales_of
 from rlhf.workers import LocalWorkers, answers, judgement
 
 
@@ -52,8 +53,10 @@ class LocalLearner:
     def save(self, folder: Path) -> None:
         self._rank.save(folder)
 
-    def load(self, folder: Path) -> None:
-        self._rank.load(folder)
+    def load(self, folder: Path | None) -> None:
+        """With None nothing is to be done: a learner in the driver's process cannot die alone, so it is a new one."""
+        if folder is not None:
+            self._rank.load(folder)
 
 
 @contextmanager
@@ -64,6 +67,7 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """
     config, blueprint = order.blueprint.config, order.blueprint
     torch.set_num_threads(order.cluster.threads_of(order.cluster.trainer))
+    scales = scales_of(order, partial(_raw_rewards, order))
     with ExitStack() as closing:
         buffer = ExperienceBuffer(order.run_dir / FILE_NAME, blueprint.judged, None, MAX_ATTEMPTS)
         buffer.open()
@@ -80,17 +84,29 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
             generator.setup()
             rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
         desks = []
-        for name, columns, judge in _judges(order):
+        for name, columns, judge in _judges(order, scales):
             closing.callback(judge.close)
             judge.setup()
             work = partial(judgement, judge)
-            desks.append(JudgeDesk(name, columns, examines(order, name), LocalWorkers(name, work, None)))
+            workers = LocalWorkers(name, work, None)
+            desks.append(JudgeDesk(name, columns, examines(order, name), workers, failures_of(order, name)))
         yield assemble(order, LocalLearner(rank), buffer, rollouts, desks)
 
 
-def _judges(order: Order) -> Iterator[tuple[str, frozenset[str], Judge]]:
+@contextmanager
+def _raw_rewards(order: Order) -> Iterator[LocalWorkers]:
+    """The reward's judge before anything is normalised, for as long as the block lasts."""
+    judge = build_reward_judge(order.blueprint.config, {}, order.run_dir)
+    try:
+        judge.setup()
+        yield LocalWorkers("reward", partial(judgement, judge), None)
+    finally:
+        judge.close()
+
+
+def _judges(order: Order, scales: Mapping[str, Scale]) -> Iterator[tuple[str, frozenset[str], Judge]]:
     config = order.blueprint.config
     if config.reward is not None:
-        yield "reward", frozenset({REWARD}), build_reward_judge(config)
+        yield "reward", frozenset({REWARD}), build_reward_judge(config, scales, order.run_dir)
     if order.blueprint.reference_judge:
         yield "reference", frozenset({REF_LOGPROBS}), ReferenceJudge(config)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from rlhf import metrics
@@ -28,6 +29,9 @@ class Team:
 class Chronicle(Protocol):
     """Who is told what happened: metrics, evaluations and checkpoints are written by it, when they are due."""
 
+    def step_at(self, step: int, phase: str) -> None:
+        """A step has come to a phase: wait, annotate, update, sync."""
+
     def step_done(self, step: int, measured: Metrics) -> None: ...
 
     def evaluate_if_due(self, updates: int) -> None: ...
@@ -44,7 +48,8 @@ def train(team: Team, loop: LoopConfig, chronicle: Chronicle, stop: Callable[[],
     source.sync(learner.publish())
     chronicle.evaluate_if_due(learner.version)
     while learner.version < loop.num_steps and not stop():
-        step, clock = learner.version, Stopwatch()
+        step = learner.version
+        clock = Stopwatch(partial(chronicle.step_at, step))
         with clock.measure("wait"):
             groups = source.take(step)
         with clock.measure("annotate"):
@@ -64,14 +69,16 @@ def train(team: Team, loop: LoopConfig, chronicle: Chronicle, stop: Callable[[],
 
 
 class Stopwatch:
-    """Where the time of one step went, in seconds."""
+    """Where the time of one step went, in seconds. `told` hears of each phase as it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told = told
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
+        self._told(phase)
         before = time.monotonic()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - before

@@ -21,6 +21,18 @@ METRICS: dict[str, Meaning] = {
         "reward", "last", "standard deviation of the same rewards over the whole step, population form"
     ),
     "reward/baseline": Meaning("reward", "last", "REINFORCE: the mean that was subtracted in this step"),
+    "reward/<part>/mean": Meaning(
+        "reward",
+        "mean",
+        "what one of several rewards gave, in its own units, over samples that it could score; `raw` is the only one, "
+        "before normalisation",
+    ),
+    "reward/inconsistent/mean": Meaning(
+        "share of comparisons",
+        "mean",
+        "pairwise judges: comparisons whose winner changed with the order of the two answers; of a part of the reward: "
+        "reward/<part>_inconsistent/mean",
+    ),
     "reward/selected_mean": Meaning("reward", "mean", "RAFT: what the judge gave the samples that are learnt"),
     "kl/k1": Meaning(
         "nats a completion",
@@ -36,11 +48,27 @@ METRICS: dict[str, Meaning] = {
     "kl/loss_clamped_fraction": Meaning(
         "share of tokens", "mean", "the same for the KL loss (algorithm.kl.place=loss)"
     ),
+    "kl/coef": Meaning("-", "last", "with algorithm.kl.target: the KL's price in this step, before it is moved"),
+    "mix/nll": Meaning(
+        "nats", "mean", "rows of data beside the samples: negative log-likelihood of demonstrations, a trained token"
+    ),
+    "mix/preference": Meaning("-", "mean", "the same: preference loss of the data's pairs, without the added NLL"),
+    "mix/accuracies": Meaning("share of pairs", "mean", "the same: pairs of the data whose margin is above 0"),
+    "mix/margins": Meaning("reward", "mean", "the same: implicit reward of the chosen minus that of the other answer"),
+    "mix/pairs": Meaning("pairs", "sum", "the same: pairs of the step that are the data's"),
+    "mix/length_mean": Meaning("tokens", "mean", "the same: tokens of an answer of the data; trained ones of a sample"),
     "loss/policy": Meaning("-", "mean", "the policy loss, divided by the batch's global count as the gradient is"),
     "loss/value": Meaning(
         "reward squared", "mean", "PPO: the critic's clipped squared error to the returns, halved, over trained tokens"
     ),
     "loss/bradley_terry": Meaning("nats", "mean", "reward models: -log sigma(r_w - r_l - margin), over prompts"),
+    "loss/ranker": Meaning("nats", "mean", "pairwise ranker: -log P(label) of a comparison, over its two orders"),
+    "ranker/first_mean": Meaning(
+        "probability", "mean", "pairwise ranker: how likely it calls the answer that stands first better; 0.5: no bias"
+    ),
+    "ranker/inconsistent": Meaning(
+        "share of comparisons", "mean", "pairwise ranker: comparisons whose winner changes with the order"
+    ),
     "loss/centring": Meaning("reward squared", "mean", "reward models: (r_w + r_l)^2 before its coefficient"),
     "loss/kl": Meaning("nats", "mean", "the KL loss before its coefficient (algorithm.kl.place=loss)"),
     "loss/preference": Meaning("-", "mean", "the preference loss of a pair, without the added NLL"),
@@ -81,7 +109,7 @@ METRICS: dict[str, Meaning] = {
     ),
     "rejection/accepted_reward_mean": Meaning("reward", "mean", "RSO: reward of the accepted candidates"),
     "clip/fraction": Meaning(
-        "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.ratio_cap"
+        "share of tokens", "mean", "tokens whose importance weight was cut at algorithm.off_policy.cap"
     ),
     "clip/above_fraction": Meaning(
         "share of tokens",
@@ -137,6 +165,31 @@ METRICS: dict[str, Meaning] = {
     "mismatch/kl": Meaning("nats a token", "mean", "k3 estimate of the KL from the rollout engine to the learner"),
     "staleness/mean": Meaning("versions", "mean", "how many updates lie between sampling and training, over samples"),
     "staleness/max": Meaning("versions", "max", "the same for the oldest token; never above loop.max_staleness"),
+    "staleness/fraction_0": Meaning("share of samples", "mean", "histogram: samples of the current version"),
+    "staleness/fraction_1": Meaning("share of samples", "mean", "histogram: samples one version old"),
+    "staleness/fraction_2": Meaning("share of samples", "mean", "histogram: samples two versions old"),
+    "staleness/fraction_3_to_4": Meaning("share of samples", "mean", "histogram: three or four versions old"),
+    "staleness/fraction_5_to_8": Meaning("share of samples", "mean", "histogram: five to eight versions old"),
+    "staleness/fraction_over_8": Meaning("share of samples", "mean", "histogram: more than eight versions old"),
+    "off_policy/kl": Meaning(
+        "nats a token",
+        "last",
+        "k3 estimate of the KL from the samplers of the step (of any age) to the learner, before the first update",
+    ),
+    "off_policy/weight_mean": Meaning(
+        "-", "last", "mean importance weight for age after truncation and rejection; 1 where nothing was stale"
+    ),
+    "off_policy/ess_fraction": Meaning(
+        "share of tokens",
+        "last",
+        "effective sample size of those weights over the number of tokens: (sum w)^2 / (n sum w^2); 1: all count alike",
+    ),
+    "off_policy/truncated_fraction": Meaning(
+        "share of tokens", "last", "tokens whose weight for age was cut at algorithm.off_policy.cap"
+    ),
+    "off_policy/rejected_fraction": Meaning(
+        "share of tokens", "last", "tokens left out of the gradient (algorithm.off_policy.reject)"
+    ),
     "grad_norm": Meaning("-", "mean", "norm of the gradient before it is clipped, over the step's optimizer steps"),
     "lr": Meaning("-", "last", "learning rate of the last optimizer step"),
     "tokens/trained": Meaning("tokens", "sum", "tokens with a true loss mask, over all epochs"),
@@ -149,6 +202,12 @@ METRICS: dict[str, Meaning] = {
     "sync/seconds": Meaning("s", "last", "time until all engines had pulled and verified the version"),
     "sync/probe_abs_max": Meaning("nats", "max", "largest difference between engine and learner at the weight probe"),
     "time/generate_s": Meaning("s", "last", "time of rollout workers on this step's groups, summed over workers"),
+    "time/engine_idle_s": Meaning(
+        "s",
+        "last",
+        "time in which rollout engines sampled nothing since the last step's end: waiting for prompts, for the learner "
+        "or for weights; summed over engines. Work is booked when it is handed in",
+    ),
     "time/judge_s": Meaning("s", "last", "time of judges on this step's groups, summed over workers"),
     "time/evaluate_s": Meaning("s", "last", "time of workers on held-out prompts, summed over workers"),
     "time/wait_s": Meaning("s", "last", "time until the step's groups were there"),
@@ -158,6 +217,40 @@ METRICS: dict[str, Meaning] = {
     "time/step_s": Meaning("s", "last", "the whole step"),
     "faults/restarts": Meaning(
         "restarts", "last", "how often this process built the team again because an actor died (loop.max_restarts)"
+    ),
+    "faults/uploads": Meaning(
+        "uploads", "last", "uploads to storage that failed since the team was built; each is made up for by the next"
+    ),
+    "faults/judge_retries": Meaning(
+        "calls", "sum", "calls of a judge that failed and were made again, for the groups of the step (reward.retries)"
+    ),
+    "faults/judge_unparsed": Meaning(
+        "answers", "sum", "answers of a language model as judge that held no judgement: never counted as a number"
+    ),
+    "faults/judge_dropped": Meaning(
+        "groups", "sum", "groups dropped since the step before because no call could judge them; the ledger has why"
+    ),
+    "faults/trainer_restarts": Meaning(
+        "restarts",
+        "last",
+        "how often this process built the trainer alone again because one of its ranks died; the steps since its "
+        "checkpoint were trained again from the buffer (loop.max_restarts)",
+    ),
+    "faults/buffer_restarts": Meaning(
+        "restarts", "last", "how often this process put another buffer actor in the place of one that died"
+    ),
+    "faults/workers_died": Meaning(
+        "workers", "sum", "rollout engines and judges that died and were replaced while the run went on"
+    ),
+    "faults/workers_hung": Meaning(
+        "workers", "sum", "the same for those that did not advance for loop.heartbeat_timeout_s and were ended"
+    ),
+    "faults/workers_left": Meaning("workers", "sum", "the same for those whose node was drained or went away"),
+    "faults/late_answers": Meaning(
+        "groups", "sum", "answers to a lease that had ended; refused, because the prompt was leased again"
+    ),
+    "faults/prompts_set_aside": Meaning(
+        "prompts", "sum", "prompts that three workers died or hung with: dropped, with the reason in the ledger"
     ),
     "faults/unscorable": Meaning("samples", "sum", "samples whose reward was None: left out, never counted as 0"),
     "faults/empty_minibatch": Meaning(

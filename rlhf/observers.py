@@ -6,14 +6,17 @@ TensorBoard's writer, which needs torch, is imported by the class that uses it.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
+from rlhf.chaos.points import point
 from rlhf.config import RunConfig
+from rlhf.durable import append_durably as append_durably
+from rlhf.durable import read_jsonl as read_jsonl
+from rlhf.durable import replace_durably as replace_durably
 from rlhf.evaluation.heldout import Evaluation
 
 if TYPE_CHECKING:
@@ -121,6 +124,7 @@ class JsonlMetrics:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         append_durably(self._path, {"step": step, **metrics})
+        point("metrics: line appended")
 
     def note(self, message: str) -> None:
         pass
@@ -202,46 +206,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that is only appended to; a torn last line is left out, a missing file is empty.
-
-    Raises ValueError when any other line is not an object: then something else wrote into the file.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-        rows.append(row)
-    return rows
-
-
-def append_durably(path: Path, row: Mapping[str, object]) -> None:
-    """Appends one JSON line and waits until it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_durably(path: Path, text: str) -> None:
-    """Writes a whole file so that a reader, or a crash, sees the old one or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def console_is_terminal() -> bool:

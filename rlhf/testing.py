@@ -105,10 +105,10 @@ class CountingLearner:
     def publish(self) -> Published:
         probe = Probe(np.zeros(2, dtype=np.int32), np.zeros(1, dtype=np.float32))
         fingerprint = f"{fingerprint_of({})}-{self._version}"
-        return Published(self._version, fingerprint, 0, Weights(self._version, fingerprint, {}, probe))
+        return Published(self._version, fingerprint, 0, Weights(self._version, fingerprint, {}, probe, life=0))
 
     def save(self, folder: Path) -> None:
         (folder / "version").write_text(str(self._version))
 
-    def load(self, folder: Path) -> None:
-        self._version = int((folder / "version").read_text())
+    def load(self, folder: Path | None) -> None:
+        self._version = 0 if folder is None else int((folder / "version").read_text())

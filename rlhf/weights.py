@@ -41,7 +41,8 @@ class PackedTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """A fixed token sequence (P,) and the learner's log-probabilities of its tokens 1..P-1 at temperature 1, (P-1,)."""
+    """A fixed token sequence (P,) and the learner's log-probabilities of the last ones of its tokens at temperature 1:
+    (P-1,), or with an encoder that reads a prompt of p tokens (P-p,)."""
 
     token_ids: Ids
     logprobs: Floats
@@ -49,12 +50,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """Version v of the policy under the names of `state_dict`, a tied tensor once."""
+    """Version v of the policy under the names of `state_dict`, a tied tensor once.
+
+    `life` counts the learners of one run: a learner that was built again goes back to its checkpoint and publishes the
+    versions since then anew. On a GPU they may differ in their last bits."""
 
     version: int
     fingerprint: str
     tensors: Mapping[str, PackedTensor]
     probe: Probe
+    life: int
 
     @property
     def size_bytes(self) -> int:
@@ -78,6 +83,12 @@ def probe_ids(vocabulary: int) -> Ids:
     return np.array(ids, dtype=np.int32)
 
 
+def probe_prompt(*, encoder_decoder: bool) -> int:
+    """How many tokens of the probe are its prompt. An encoder reads half of them: over one token alone its attention
+    would be 1 whatever its weights are."""
+    return PROBE_TOKENS // 2 if encoder_decoder else 1
+
+
 def state_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's `state_dict`, sharing its memory, with a tied tensor once, under the first of its names."""
     seen: set[int] = set()
@@ -95,9 +106,9 @@ def state_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def pack(version: int, tensors: Iterable[tuple[str, torch.Tensor]], probe: Probe) -> Weights:
-    """Packs a model's tensors for publication; each is copied once."""
+    """Packs a model's tensors for publication, by the run's first learner; each is copied once."""
     packed = {name: _pack_tensor(tensor) for name, tensor in tensors}
-    return Weights(version, fingerprint_of(packed), packed, probe)
+    return Weights(version, fingerprint_of(packed), packed, probe, life=0)
 
 
 def fingerprint_of(tensors: Mapping[str, PackedTensor]) -> str:
@@ -133,17 +144,24 @@ def verify_names(weights: Weights, expected: Mapping[str, tuple[int, ...]], engi
             )
 
 
-def verify_order(weights: Weights, held: int | None, fingerprint: str | None, engine: str) -> None:
-    """Raises WeightMismatch when an engine that holds version `held` is given an older one, or another of that number.
+def verify_order(weights: Weights, life: int, held: int | None, fingerprint: str | None, engine: str) -> None:
+    """Raises WeightMismatch when an engine that holds version `held` of a learner's `life` is given an older one, or
+    another of that number.
 
-    Newer versions may skip numbers, and the same version may come again. An engine that must go back is set up anew.
+    Newer versions may skip numbers, and the same version may come again. Only a learner of a later life goes back: it
+    was built again from its checkpoint. What an earlier life published is refused from then on.
     """
-    if held is None:
+    if held is None or weights.life > life:
         return
+    if weights.life < life:
+        raise WeightMismatch(
+            f"{engine} holds version {held} of learner {life} and was given version {weights.version} of learner "
+            f"{weights.life}, which is gone"
+        )
     if weights.version < held:
         raise WeightMismatch(
             f"{engine} holds version {held} and was given the older version {weights.version}: versions arrive in "
-            "order, and an engine that must go back to an earlier one is started again"
+            "order, and only a learner that was built again goes back"
         )
     if weights.version == held and weights.fingerprint != fingerprint:
         raise WeightMismatch(
@@ -158,12 +176,13 @@ def verify_probe(weights: Weights, measured: Floats, tolerance: float, engine: s
         raise WeightMismatch(
             f"{engine}: probe gave {measured.shape} log-probs, expected {weights.probe.logprobs.shape}"
         )
+    first = len(weights.probe.token_ids) - len(measured)
     difference = np.abs(measured - weights.probe.logprobs)
     worst = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
     if not difference[worst] <= tolerance:
         raise WeightMismatch(
             f"{engine}, version {weights.version}: all tensors arrived intact, but the engine does not compute with "
-            f"them: log-prob of probe token {worst + 1} is {measured[worst]:.5f}, the learner's "
+            f"them: log-prob of probe token {first + worst} is {measured[worst]:.5f}, the learner's "
             f"{weights.probe.logprobs[worst]:.5f} (allowed difference {tolerance:g}). A tied output head that kept old "
             "values looks like this (lm_head.weight)"
         )

@@ -2,13 +2,26 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlhf.errors import JudgeFailed
 from rlhf.experience import Group
-from rlhf.interfaces import Generator, Handle, Judge, Request, Result, Task
-from rlhf.weights import Receipt, Weights
+from rlhf.interfaces import Generator, Handle, Judge, Published, Replacements, Request, Result, Task
+
+if TYPE_CHECKING:
+    from rlhf.weights import Receipt, Weights
+
+NAMED = 8  # prompts in a line that says who holds what
+
+
+def held(worker: str, prompt_ids: Collection[int], version: int | None, seconds: float) -> str:
+    """Who holds which prompts, at which version of the policy, for how long: one line for messages."""
+    named = ", ".join(map(str, sorted(prompt_ids)[:NAMED]))
+    more = f" and {len(prompt_ids) - NAMED} more" if len(prompt_ids) > NAMED else ""
+    at = "" if version is None else f" at version {version}"
+    return f"{worker} holds prompts {named}{more}{at} for {seconds:.0f} s"
 
 
 @dataclass(slots=True)
@@ -18,6 +31,7 @@ class _Errand:
     task: Task
     results: Iterator[tuple[int, Any]] | None
     missing: set[int]
+    since: float
 
 
 class LocalWorkers:
@@ -27,41 +41,55 @@ class LocalWorkers:
         self,
         name: str,
         work: Callable[[Any], Iterator[tuple[int, Any]]],
-        load: Callable[[Weights], Receipt] | None,
+        load: "Callable[[Weights], Receipt] | None",
     ) -> None:
         self._name, self._work, self._load = name, work, load
+        self._version: int | None = None
         self._errands: deque[_Errand] = deque()
         self._finished: deque[Result] = deque()
 
-    def submit(self, task: Task) -> None:
-        self._errands.append(_Errand(task, None, set(task.prompt_ids)))
+    def submit(self, task: Task, worker: str | None) -> None:
+        self._errands.append(_Errand(task, None, set(task.prompt_ids), time.monotonic()))
 
     def collect(self, timeout_s: float) -> list[Result]:
         if self._finished:
             return [self._finished.popleft()]
         return [self._advance()] if self._errands else []
 
-    def room(self) -> int:
-        return 0 if self._errands or self._finished else 1
+    def free(self) -> list[str]:
+        return [] if self._errands or self._finished else [self._name]
+
+    def size(self) -> int:
+        return 1
 
     def holding(self) -> list[str]:
-        return [f"{self._name} holds prompts {sorted(errand.missing)}" for errand in self._errands]
+        now = time.monotonic()
+        return [held(self._name, errand.missing, self._version, now - errand.since) for errand in self._errands]
 
-    def load(self, weights: Handle) -> list[Receipt]:
+    def replaced(self) -> Replacements:
+        return Replacements(0, 0, 0)
+
+    def load(self, published: Published) -> "list[Receipt]":
         """Finishes the task that was begun, as an actor would, before the weights change under it."""
         while self._errands and self._errands[0].results is not None:
             self._finished.append(self._advance())
-        return [self._load(weights)] if self._load else []
+        self._version = published.version
+        return [self._load(published.weights)] if self._load else []
 
     def fetch(self, handle: Handle) -> Any:
         return handle
 
     def _advance(self) -> Result:
-        """The next result of the oldest task."""
+        """The next result of the oldest task. What a judge failed at is a result; any other error rises from here."""
         errand, before = self._errands[0], time.monotonic()
         if errand.results is None:
             errand.results = self._work(errand.task.payload)
-        prompt_id, value = next(errand.results)
+        try:
+            prompt_id, value = next(errand.results)
+        except JudgeFailed as error:
+            self._errands.popleft()
+            lost = tuple(sorted(errand.missing))
+            return Result(errand.task.number, lost, None, error, self._name, time.monotonic() - before)
         errand.missing.discard(prompt_id)
         if not errand.missing:
             next(errand.results, None)  # lets a generator end, and with it the engine's call

@@ -189,8 +189,10 @@ def test_clip_flags_are_logged_as_shares_of_tokens(make_group, divided_loss):
 # The bandit of G-OFF: what the sampler, the learner and the judge say of three actions.
 SAMPLER, POLICY, REWARDS = (0.7, 0.2, 0.1), (0.4, 0.35, 0.25), (0.0, 1.0, 2.0)
 WHOLE = {
-    "reinforce": lambda cap: ReinforceConfig(name="reinforce", baseline="none", kl=FREE, ratio_cap=cap),
-    "grpo": lambda cap: GrpoConfig(name="grpo", scale="none", kl=FREE, ratio_cap=cap, aggregation="sequence_sum"),
+    "reinforce": lambda cap: ReinforceConfig(name="reinforce", baseline="none", kl=FREE, off_policy={"cap": cap}),
+    "grpo": lambda cap: GrpoConfig(
+        name="grpo", scale="none", kl=FREE, off_policy={"cap": cap}, aggregation="sequence_sum"
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """DPO, online DPO and RSO: who is paired, what is counted, what a micro-batch's loss is. Golden numbers, invariances.
 
 Not covered: the equations (test_ops_preferences, test_ops_rejection), ranks as processes, whether it learns
-(test_preference_learning)."""
+(test_learning_online, test_learning_offline)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

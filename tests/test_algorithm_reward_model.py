@@ -18,7 +18,7 @@ from rlhf.algorithms.table import build
 from rlhf.buffer.offline import Completion, dataset_group
 from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.experience import Group, Prompt
-from rlhf.judges.reward_model import RewardModelJudge
+from rlhf.judges.build import build_reward_judge
 from rlhf.learner.learner import PolicyLearner
 from rlhf.metrics import values
 from rlhf.models.load import load_tokenizer
@@ -201,7 +201,7 @@ def test_what_is_saved_scores_alike_as_a_judge(
     assert model.config.architectures == ["LlamaForSequenceClassification"] and model.config.num_labels == 1
     next_metrics = step(learner, groups)
     config = tiny_run({}, {}, {}, {}).model_dump() | {"reward": {"model": str(tmp_path / "policy")}}
-    judge = RewardModelJudge(RunConfig.model_validate(config))
+    judge = build_reward_judge(RunConfig.model_validate(config), {}, Path("unused"))
     judge.setup()
     scores = np.array([judge.judge(group).scores["reward"] for group in groups], dtype=np.float64)
     assert scores[:, 0].mean() == pytest.approx(next_metrics["rewards/chosen"], abs=1e-5)

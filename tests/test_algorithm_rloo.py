@@ -13,9 +13,9 @@ from rlhf.metrics import values
 from rlhf.ops.microbatch import MicroBatch, Outputs
 
 
-def rloo(coef, place="reward", loss_estimator="k2", ratio_cap=2.0):
+def rloo(coef, place="reward", loss_estimator="k2"):
     kl = KlConfig(coef=coef, place=place, loss_estimator=loss_estimator)
-    return build(RlooConfig(name="rloo", kl=kl, ratio_cap=ratio_cap))
+    return build(RlooConfig(name="rloo", kl=kl))
 
 
 def advantage_of(batch):

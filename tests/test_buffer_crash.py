@@ -4,6 +4,7 @@ Run as a script, this file is the process that gets killed: it goes through whol
 that returned on its standard output.
 """
 
+import itertools
 import json
 import os
 import random
@@ -54,19 +55,19 @@ def work_for_ever(path: Path) -> None:
 
     buffer = ExperienceBuffer(path, frozenset({"reward"}), None, 3)
     buffer.open()
-    last = buffer.last_committed()
+    last, requests = buffer.last_committed(), itertools.count()
     for step in range(0 if last is None else last + 1, sys.maxsize):
         for prompt_id in buffer.unjudged():
             buffer.add_columns(prompt_id, Columns(prompt_id, {"reward": [0.0, 1.0]}, {}))
             said("columns", prompt_id)
         while not buffer.assigned(step) and (missing := GROUPS_PER_STEP - buffer.ready(step)) > 0:
-            ids = buffer.lease(missing, "child")
-            said("leased", ids)
-            if step % 3 == 1 and len(ids) == GROUPS_PER_STEP:
-                buffer.release(ids[0], "made up")
-                ids = ids[1:]
-            for prompt_id in ids:
-                if buffer.add_group(prompt_id, made_up(prompt_id, step)):
+            leases = buffer.lease(missing, "child", next(requests))
+            said("leased", [lease.prompt_id for lease in leases])
+            if step % 3 == 1 and len(leases) == GROUPS_PER_STEP:
+                buffer.release(leases[0].prompt_id, leases[0].ticket, "made up", counted=True)
+                leases = leases[1:]
+            for prompt_id, ticket in [(lease.prompt_id, lease.ticket) for lease in leases]:
+                if buffer.add_group(prompt_id, ticket, made_up(prompt_id, step)):
                     said("group", prompt_id, step)
                 buffer.add_columns(prompt_id, Columns(prompt_id, {"reward": [0.0, 1.0]}, {}))
                 said("columns", prompt_id)

@@ -20,9 +20,9 @@ def path(tmp_path: Path, rollout) -> Path:
     path = tmp_path / "experience.db"
     buffer = ExperienceBuffer(path, frozenset({"reward", "ref_logprobs"}), None, 3)
     buffer.open()
-    for prompt_id in buffer.lease(6, "test"):
-        group = rollout(prompt_id, 0, 2, 200, {})
-        buffer.add_group(prompt_id, group)
+    for lease in buffer.lease(6, "test", 0):
+        prompt_id, group = lease.prompt_id, rollout(lease.prompt_id, 0, 2, 200, {})
+        buffer.add_group(prompt_id, lease.ticket, group)
         arrays = [np.zeros(len(sample.token_ids), np.float32) for sample in group.samples]
         buffer.add_columns(prompt_id, Columns(prompt_id, {"reward": [0.0, None]}, {"ref_logprobs": arrays}))
     for step in range(2):
@@ -122,3 +122,16 @@ def test_looking_writes_nothing(path: Path):
     assert verify(path).ok
     ExperienceView(path).overview()
     assert path.read_bytes() == before
+
+
+def test_broken_pages_stop_the_writer_with_the_files_name(path: Path) -> None:
+    """What SQLite itself finds while the run writes is named, too. Control: it opens, its first pages are whole."""
+    content = bytearray(path.read_bytes())
+    for place in range(4096 * 2, len(content), 4096):
+        content[place : place + 64] = bytes(64)
+    path.write_bytes(content)
+    buffer = ExperienceBuffer(path, frozenset({"reward", "ref_logprobs"}), None, 3)
+    with pytest.raises(DamagedExperience, match=f"{path}: SQLite finds it damaged"):
+        buffer.open()
+        buffer.replay(0)
+    buffer.close()

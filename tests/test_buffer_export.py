@@ -38,11 +38,12 @@ def run_dir(tmp_path: Path, rollout) -> Path:
     buffer = ExperienceBuffer(tmp_path / "run" / FILE_NAME, frozenset({"reward"}), None, 3)
     (tmp_path / "run").mkdir()
     buffer.open()
-    buffer.lease(4, "test")
+    tickets = [lease.ticket for lease in buffer.lease(4, "test", 0)]
     for prompt_id in range(2):
-        buffer.add_group(prompt_id, rollout(prompt_id, 2, 2, 4, {"answer": "42"}))
+        buffer.add_group(prompt_id, tickets[prompt_id], rollout(prompt_id, 2, 2, 4, {"answer": "42"}))
     prompt, ids, mask = rollout(2, 0, 1, 4, {}).prompt, np.array([7, 2], np.int32), np.array([False, True])
-    buffer.add_group(2, dataset_group(prompt, [Completion(ids, mask, "good", 0), Completion(ids, mask, "bad", 1)]))
+    pair = dataset_group(prompt, [Completion(ids, mask, "good", 0), Completion(ids, mask, "bad", 1)])
+    buffer.add_group(2, tickets[2], pair)
     lengths = [len(sample.token_ids) for sample in buffer.group(0).samples]
     arrays = [np.full(length, -0.25, np.float32) for length in lengths]
     buffer.add_columns(0, Columns(0, {"reward": [0.1, None], "politeness": [1.0, 2.0]}, {"ref_logprobs": arrays}))

@@ -43,6 +43,8 @@ class Moves(RuleBasedStateMachine):
         self.attempts: dict[int, int] = {}
         self.steps: dict[int, list[int]] = {}
         self.committed: dict[int, str] = {}
+        self.tickets: dict[int, int] = {}
+        self.requests = 0
 
     def untaken(self) -> list[int]:
         taken = {i for ids in self.steps.values() for i in ids}
@@ -50,24 +52,42 @@ class Moves(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 5))
     def lease(self, count: int) -> None:
-        expected = sorted(i for i, state in self.state.items() if state == "pending")[:count]
-        while len(expected) < count and len(self.state) < TOTAL:
-            expected.append(len(self.state))
-            self.state[len(self.state)] = "new"
-        for prompt_id in expected:
-            self.state[prompt_id] = "leased"
-        assert self.buffer.lease(count, "model") == expected
+        expected: list[int] = []
+        for prompt_id in sorted(i for i, state in self.state.items() if state == "pending")[:count]:
+            if not (self.attempts.get(prompt_id) and expected):
+                expected.append(prompt_id)
+            if self.attempts.get(prompt_id):
+                break
+        else:
+            while len(expected) < count and len(self.state) < TOTAL:
+                expected.append(len(self.state))
+                self.state[len(self.state)] = "new"
+        self.requests += 1
+        leases = self.buffer.lease(count, "model", self.requests)
+        assert [lease.prompt_id for lease in leases] == expected
+        assert [lease.attempts for lease in leases] == [self.attempts.get(i, 0) for i in expected]
+        assert self.buffer.lease(count, "model", self.requests) == leases or not leases, "the same call again"
+        for lease in leases:
+            assert lease.ticket > max(self.tickets.values(), default=0), "tickets grow"
+            self.tickets[lease.prompt_id] = lease.ticket
+            self.state[lease.prompt_id] = "leased"
 
-    @rule(prompt_id=IDS, version=st.integers(0, 3))
-    def add_group(self, prompt_id: int, version: int) -> None:
+    @rule(prompt_id=IDS, version=st.integers(0, 3), late=st.booleans())
+    def add_group(self, prompt_id: int, version: int, late: bool) -> None:
         if prompt_id not in self.state:
             with pytest.raises(RunFailed):
-                self.buffer.add_group(prompt_id, small_group(prompt_id, version))
+                self.buffer.add_group(prompt_id, 1, small_group(prompt_id, version))
             return
-        accepted = self.state[prompt_id] == "leased" and prompt_id not in self.version
-        if accepted:
+        ticket = self.tickets[prompt_id] - late
+        stored = self.version.get(prompt_id)
+        if late or self.state[prompt_id] not in ("leased", "complete"):
+            accepted = False
+        elif stored is not None:
+            accepted = version == stored  # the same answer again
+        else:
+            accepted = True
             self.version[prompt_id], self.columns[prompt_id] = version, set()
-        assert self.buffer.add_group(prompt_id, small_group(prompt_id, version)) == accepted
+        assert self.buffer.add_group(prompt_id, ticket, small_group(prompt_id, version)) == accepted
 
     @rule(prompt_id=IDS, name=st.sampled_from(["reward", "rank", "extra"]))
     def add_columns(self, prompt_id: int, name: str) -> None:
@@ -90,21 +110,19 @@ class Moves(RuleBasedStateMachine):
     def finish_all_leased(self, version: int) -> None:
         """The usual course of things, which single moves at random rarely get to."""
         for prompt_id in sorted(i for i, state in self.state.items() if state == "leased"):
-            self.add_group(prompt_id, version)
+            self.add_group(prompt_id, version, False)
             for name in sorted(REQUIRED):
                 self.add_columns(prompt_id, name)
 
-    @rule(prompt_id=IDS)
-    def release(self, prompt_id: int) -> None:
+    @rule(prompt_id=IDS, counted=st.booleans(), late=st.booleans())
+    def release(self, prompt_id: int, counted: bool, late: bool) -> None:
         if prompt_id not in self.state:
             return
-        if self.state[prompt_id] == "leased":
-            self.attempts[prompt_id] = self.attempts.get(prompt_id, 0) + 1
-            if self.attempts[prompt_id] >= ATTEMPTS:
-                self.state[prompt_id] = "dropped"
-            elif prompt_id not in self.version:
-                self.state[prompt_id] = "pending"
-        assert self.buffer.release(prompt_id, "model") == (self.state[prompt_id] != "dropped")
+        if self.state[prompt_id] == "leased" and prompt_id not in self.version and not late:
+            self.attempts[prompt_id] = self.attempts.get(prompt_id, 0) + counted
+            self.state[prompt_id] = "dropped" if counted and self.attempts[prompt_id] >= ATTEMPTS else "pending"
+        released = self.buffer.release(prompt_id, self.tickets[prompt_id] - late, "model", counted=counted)
+        assert released == (self.state[prompt_id] != "dropped")
 
     @rule(oldest=st.integers(0, 3))
     def ready(self, oldest: int) -> None:
@@ -145,7 +163,13 @@ class Moves(RuleBasedStateMachine):
                 self.state[prompt_id] = "complete"
 
     @rule()
+    def another_process_takes_over(self) -> None:
+        """While the run goes on: the leases stay in force."""
+        self.buffer.reopen()
+
+    @rule()
     def new_process(self) -> None:
+        self.requests = 0
         self.buffer.close()
         self.buffer.open()
         for prompt_id, state in self.state.items():
@@ -180,9 +204,8 @@ def trained(tmp_path: Path) -> Path:
     path = tmp_path / "experience.db"
     buffer = ExperienceBuffer(path, frozenset(), None, 3)
     buffer.open()
-    buffer.lease(6, "a")
-    for prompt_id in range(5):
-        buffer.add_group(prompt_id, small_group(prompt_id, 0))
+    for lease in buffer.lease(6, "a", 0)[:5]:
+        buffer.add_group(lease.prompt_id, lease.ticket, small_group(lease.prompt_id, 0))
     for step in range(2):
         buffer.commit(step, buffer.take(step, 2), step + 1, "f", {"x": 0.5})
     buffer.close()

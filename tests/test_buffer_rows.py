@@ -21,11 +21,11 @@ def test_offline_rows_enter_through_the_same_door(tmp_path: Path, plain):
     """A preference pair with ranks 0 and 1, complete at once, and a demonstration, which lacks the rank."""
     buffer = ExperienceBuffer(tmp_path / "experience.db", frozenset({"rank"}), None, 3)
     buffer.open()
-    buffer.lease(2, "data")
+    first, second = buffer.lease(2, "data", 0)
     ids, mask = np.array([4, 5, 2], np.int32), np.array([False, True, True])
     pair = dataset_group(make_prompt(0), [Completion(ids, mask, "good", 0), Completion(ids[1:], mask[1:], "bad", 1)])
     demonstration = dataset_group(make_prompt(1), [Completion(ids, mask, "so", None)])
-    assert buffer.add_group(0, pair) and buffer.add_group(1, demonstration)
+    assert buffer.add_group(0, first.ticket, pair) and buffer.add_group(1, second.ticket, demonstration)
     assert buffer.ready(100) == 1 and buffer.unjudged() == {1: frozenset({"rank"})}
     (back,) = buffer.take(0, 1)
     assert plain(back) == plain(pair) and back.policy_version is None

@@ -1,5 +1,6 @@
 """The durable buffer on real SQLite files: moves, resume, rewind. Crashes and damage have files of their own."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,24 @@ from rlhf.errors import BadInput, RunFailed
 from rlhf.experience import Columns, Group
 
 REQUIRED = frozenset({"reward", "ref_logprobs"})
+
+REQUESTS = itertools.count()
+TICKETS: dict[tuple[Path, int], int] = {}
+
+
+def lease(buffer: ExperienceBuffer, count: int, owner: str) -> list[int]:
+    """The ids alone, as a new request; `add` and `release` then name the ticket of the latest lease."""
+    leases = buffer.lease(count, owner, next(REQUESTS))
+    TICKETS.update({(buffer.path, each.prompt_id): each.ticket for each in leases})
+    return [each.prompt_id for each in leases]
+
+
+def add(buffer: ExperienceBuffer, prompt_id: int, group: Group) -> bool:
+    return buffer.add_group(prompt_id, TICKETS[buffer.path, prompt_id], group)
+
+
+def release(buffer: ExperienceBuffer, prompt_id: int, reason: str) -> bool:
+    return buffer.release(prompt_id, TICKETS[buffer.path, prompt_id], reason, counted=True)
 
 
 def rewards(group: Group) -> Columns:
@@ -43,10 +62,10 @@ def make_group(rollout):
 @pytest.fixture
 def complete(make_group):
     def fill(buffer: ExperienceBuffer, count: int, version: int) -> list[int]:
-        ids = buffer.lease(count, "test")
+        ids = lease(buffer, count, "test")
         for prompt_id in ids:
             group = make_group(prompt_id, version)
-            assert buffer.add_group(prompt_id, group)
+            assert add(buffer, prompt_id, group)
             assert buffer.add_columns(prompt_id, rewards(group)) and buffer.add_columns(prompt_id, references(group))
         return ids
 
@@ -76,20 +95,20 @@ def opened(path: Path):
 @pytest.mark.parametrize("value", [(1, 2), {1: "a"}, {"a": {2}}, np.float32(1), b"x"])
 def test_a_column_that_json_would_change_is_refused_by_name(opened, value, make_group):
     buffer = opened(frozenset())
-    (prompt_id,) = buffer.lease(1, "test")
+    (prompt_id,) = lease(buffer, 1, "test")
     group = replace(
         make_group(prompt_id, 0), prompt=replace(make_group(prompt_id, 0).prompt, columns={"good": 1, "when": value})
     )
     with pytest.raises(BadInput, match=r"row 0 \(prompt 0\), column 'when'"):
-        buffer.add_group(prompt_id, group)
+        add(buffer, prompt_id, group)
     assert buffer.counts().leased == 1
 
 
 def test_a_prompt_goes_through_all_states(opened, path: Path, make_group, plain):
     buffer = opened()
-    assert buffer.lease(3, "rollout") == [0, 1, 2]
+    assert lease(buffer, 3, "rollout") == [0, 1, 2]
     group = make_group(0, 4)
-    assert buffer.add_group(0, group) and not buffer.add_group(0, make_group(0, 5))
+    assert add(buffer, 0, group) and not add(buffer, 0, make_group(0, 5))
     assert buffer.unjudged() == {0: REQUIRED}
     assert buffer.add_columns(0, rewards(group))
     assert not buffer.add_columns(0, Columns(0, {"reward": [9.0, 9.0]}, {})), "the first answer stays"
@@ -114,58 +133,101 @@ def test_a_prompt_goes_through_all_states(opened, path: Path, make_group, plain)
 
 def test_lease_gives_pending_ones_first_and_stops_at_the_end_of_the_data(opened):
     buffer = opened(total=5)
-    assert buffer.lease(4, "a") == [0, 1, 2, 3]
-    assert buffer.release(2, "worker lost") and buffer.release(1, "worker lost")
-    assert buffer.lease(3, "b") == [1, 2, 4]
-    assert buffer.lease(3, "b") == []
-    assert buffer.lease(0, "b") == []
+    first = buffer.lease(4, "a", 100)
+    assert [each.prompt_id for each in first] == [0, 1, 2, 3]
+    for each in first[2:0:-1]:
+        assert buffer.release(each.prompt_id, each.ticket, "its node left", counted=False)
+    assert lease(buffer, 3, "b") == [1, 2, 4]
+    assert lease(buffer, 3, "b") == []
+    assert lease(buffer, 0, "b") == []
+
+
+def test_a_prompt_that_a_worker_died_with_is_leased_alone(opened):
+    """So that the next death is that of the prompt which caused it, and the others are done by then."""
+    buffer = opened()
+    lease(buffer, 4, "a")
+    assert release(buffer, 1, "died") and release(buffer, 2, "died")
+    assert [lease(buffer, 4, owner) for owner in "bcd"] == [[1], [2], [4, 5, 6, 7]]
+
+
+def test_the_answer_to_an_old_lease_is_refused_and_that_to_the_new_one_taken(opened, make_group):
+    buffer = opened(frozenset())
+    (old,) = buffer.lease(1, "slow", 0)
+    assert buffer.release(0, old.ticket, "showed no progress", counted=True)
+    assert not buffer.add_group(0, old.ticket, make_group(0, 0)), "not leased"
+    (new,) = buffer.lease(1, "quick", 1)
+    assert new.ticket > old.ticket and new.attempts == 1
+    assert not buffer.add_group(0, old.ticket, make_group(0, 0)), "leased to another"
+    assert buffer.release(0, old.ticket, "late", counted=True) and buffer.counts().leased == 1, (
+        "not the old one's lease"
+    )
+    assert buffer.add_group(0, new.ticket, make_group(0, 1)) and buffer.group(0).policy_version == 1
+    assert not buffer.add_group(0, old.ticket, make_group(0, 1)), "complete, by another lease"
+
+
+def test_calls_whose_answer_was_lost_can_be_repeated_to_the_next_process(opened, path: Path, make_group):
+    """The process that kept the file died after a call and before its answer: `reopen`, then the same call again."""
+    first = opened()
+    leases = first.lease(3, "a", 7)
+    first.add_group(0, leases[0].ticket, make_group(0, 0))
+    second = ExperienceBuffer(path, REQUIRED, None, 3)
+    second.reopen()
+    assert second.lease(3, "a", 7) == leases and second.counts().issued == 3
+    assert second.add_group(0, leases[0].ticket, make_group(0, 0)), "stored by the call whose answer was lost"
+    assert second.add_group(1, leases[1].ticket, make_group(1, 0)), "the lease outlived the process"
+    (more,) = second.lease(1, "a", 8)
+    assert more.prompt_id == 3 and more.ticket > leases[2].ticket
+    second.close()
+    third = opened()
+    (again,) = third.lease(1, "new run", 7)
+    assert again.prompt_id == 2 and again.ticket > more.ticket, "a new run counts its requests anew, never its tickets"
 
 
 def test_release_drops_after_max_attempts_and_says_why(opened, path: Path, make_group):
     buffer = opened(attempts=2)
-    assert buffer.lease(1, "a") == [0] and buffer.release(0, "timeout")
-    assert buffer.release(0, "again") and buffer.counts().pending == 1, "only a lease can come to nothing"
-    assert buffer.lease(1, "a") == [0] and not buffer.release(0, "timeout") and not buffer.release(0, "timeout")
-    assert buffer.lease(1, "a") == [1], "a dropped prompt is not issued again"
-    assert not buffer.add_group(0, make_group(0, 0))
+    assert lease(buffer, 1, "a") == [0] and release(buffer, 0, "timeout")
+    assert release(buffer, 0, "again") and buffer.counts().pending == 1, "only a lease can come to nothing"
+    assert lease(buffer, 1, "a") == [0] and not release(buffer, 0, "timeout") and not release(buffer, 0, "timeout")
+    assert lease(buffer, 1, "a") == [1], "a dropped prompt is not issued again"
+    assert not add(buffer, 0, make_group(0, 0))
     overview = ExperienceView(path).overview()
-    assert overview.drop_reasons == {"timeout": 1} and overview.attempts == {2: 1} and overview.owners == {"a": 1}
+    assert overview.drop_reasons == {"timeout": 1} and overview.attempts == {2: 1}
+    assert {owner: held.prompt_ids for owner, held in overview.leases.items()} == {"a": (1,)}
 
 
-def test_release_of_a_stored_group_keeps_its_samples(opened, make_group):
-    """Only the judging is tried again: no finished rollout is generated twice."""
-    buffer = opened(attempts=2)
-    buffer.lease(1, "a")
-    buffer.add_group(0, make_group(0, 0))
-    assert buffer.release(0, "judge died") and list(buffer.unjudged()) == [0] and buffer.lease(1, "a") == [1]
-    assert not buffer.release(0, "judge died") and not buffer.unjudged() and buffer.counts().dropped == 1
+def test_a_stored_group_cannot_be_released(opened, make_group):
+    """No finished rollout is generated twice: what became of the worker later does not matter."""
+    buffer = opened(attempts=1)
+    lease(buffer, 1, "a")
+    add(buffer, 0, make_group(0, 0))
+    assert release(buffer, 0, "worker died") and list(buffer.unjudged()) == [0] and lease(buffer, 1, "a") == [1]
 
 
 def test_old_groups_are_swept_and_data_never_ages(opened, path: Path, make_group):
     buffer = opened(frozenset())
-    buffer.lease(4, "a")
+    lease(buffer, 4, "a")
     for prompt_id, version in ((0, 3), (1, 5), (2, 3)):
-        buffer.add_group(prompt_id, make_group(prompt_id, version))
+        add(buffer, prompt_id, make_group(prompt_id, version))
     ids = np.array([4, 5], np.int32)
     given_ = dataset_group(make_group(3, 0).prompt, [Completion(ids, np.ones(2, np.bool_), "x", None)])
-    buffer.add_group(3, given_)
+    add(buffer, 3, given_)
     assert buffer.ready(3) == 4
     buffer.take(0, 1)
     assert buffer.ready(5) == 2, "0 is taken, 2 is too old, 3 is data"
-    assert buffer.lease(1, "a") == [2] and ExperienceView(path).overview().discard_reasons == {
+    assert lease(buffer, 1, "a") == [2] and ExperienceView(path).overview().discard_reasons == {
         "older than max_staleness": 1
     }
-    assert buffer.add_group(2, make_group(2, 5)) and buffer.ready(5) == 3
+    assert add(buffer, 2, make_group(2, 5)) and buffer.ready(5) == 3
     assert verify(path).ok
 
 
 def test_a_group_is_as_old_as_its_oldest_token(opened, make_group):
     """Weights that change within a sample: tokens of versions 4,4,5 count as 4."""
     buffer = opened(frozenset())
-    buffer.lease(1, "a")
+    lease(buffer, 1, "a")
     group = make_group(0, 5, samples=1, length=3)
     sample = replace(group.samples[0], versions=np.array([4, 4, 5], np.int32))
-    buffer.add_group(0, replace(group, samples=(sample,)))
+    add(buffer, 0, replace(group, samples=(sample,)))
     assert buffer.ready(4) == 1 and buffer.ready(5) == 0
 
 
@@ -184,21 +246,21 @@ def test_take_is_the_same_again_after_a_new_process(opened, path: Path, complete
 
 def test_a_new_process_returns_leases_but_keeps_stored_groups(opened, make_group):
     first = opened()
-    first.lease(3, "gone")
-    first.add_group(1, make_group(1, 0))
+    lease(first, 3, "gone")
+    add(first, 1, make_group(1, 0))
     first.close()
     second = opened()
     counts = second.counts()
     assert (counts.pending, counts.leased, counts.generated) == (2, 1, 1)
-    assert list(second.unjudged()) == [1] and second.lease(3, "new") == [0, 2, 3]
+    assert list(second.unjudged()) == [1] and lease(second, 3, "new") == [0, 2, 3]
 
 
 def test_an_earlier_writer_loses_the_right_to_write(opened):
     """A zombie cannot move a prompt after another process has taken over; it can still read."""
     zombie, heir = opened(), opened()
     with pytest.raises(RunFailed, match="opened again by another process"):
-        zombie.lease(1, "zombie")
-    assert heir.lease(1, "heir") == [0] and zombie.counts().leased == 1
+        lease(zombie, 1, "zombie")
+    assert lease(heir, 1, "heir") == [0] and zombie.counts().leased == 1
 
 
 def test_commit_again_is_compared_and_changes_nothing(opened, complete, plain):
@@ -254,10 +316,10 @@ def test_drop_keeps_the_first_reason_and_refuses_a_taken_prompt(opened, path: Pa
 
 def test_columns_that_do_not_fit_are_refused_by_name(opened, make_group):
     buffer = opened()
-    buffer.lease(1, "a")
+    lease(buffer, 1, "a")
     group = make_group(0, 0)
     assert not buffer.add_columns(0, rewards(group)), "no samples yet"
-    buffer.add_group(0, group)
+    add(buffer, 0, group)
     with pytest.raises(RunFailed, match="prompt 0: reward does not fit its group"):
         buffer.add_columns(0, Columns(0, {"reward": [1.0]}, {}))
     short = [np.zeros(2, np.float32) for _ in group.samples]
@@ -266,7 +328,7 @@ def test_columns_that_do_not_fit_are_refused_by_name(opened, make_group):
     with pytest.raises(RunFailed, match="columns of prompt 1 were handed in for prompt 0"):
         buffer.add_columns(0, Columns(1, {}, {}))
     with pytest.raises(RunFailed, match="group of prompt 1 was handed in for prompt 0"):
-        buffer.add_group(0, make_group(1, 0))
+        add(buffer, 0, make_group(1, 0))
     assert buffer.unjudged() == {0: REQUIRED}
 
 

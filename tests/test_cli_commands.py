@@ -14,6 +14,7 @@ import pytest
 
 from rlhf.cli.doctor import differing_from_lock
 from rlhf.cli.main import COMMANDS
+from rlhf.config_file import load_cluster
 from rlhf.metric_names import METRICS
 from rlhf.observers import read_jsonl
 
@@ -70,6 +71,11 @@ def test_run_directory_is_complete(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0
     assert list((finished / "tensorboard").iterdir())
     assert [row["step"] for row in read_jsonl(finished / "evaluations.jsonl")] == [0, 3]
+
+
+def test_without_a_cluster_file_each_model_may_use_the_whole_machine(finished: Path) -> None:
+    cluster = load_cluster(finished / "cluster.yaml", [])
+    assert cluster.threads_of(cluster.trainer) == cluster.threads_of(cluster.rollout) == os.cpu_count()
 
 
 def test_metrics_are_documented(finished: Path) -> None:

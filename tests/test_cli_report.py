@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rlhf.cli.progress import RichProgress
 from rlhf.config import RunConfig
+from rlhf.errors import RunFailed
 from rlhf.evaluation.heldout import Answer, HeldoutReport, from_json, report, rise_in_deviations
 from rlhf.experience import Group, Prompt, Sample
 from rlhf.observers import JsonlMetrics, PlainLines, TensorBoard, duration, read_jsonl
@@ -70,7 +71,7 @@ def test_heldout_report_by_hand() -> None:
     assert (found.length_mean, found.unfinished_fraction) == (3.0, 0.5)
     assert [answer.prompt for answer in found.samples] == ["question 0", "question 1"]
     assert from_json(json.loads(json.dumps(found.to_json()))) == found
-    with pytest.raises(ValueError, match="none of 1 held-out answers"):
+    with pytest.raises(RunFailed, match="none of 1 held-out answers"):
         report(0, [group(0, [None], 2)], shown=1)
 
 
@@ -197,6 +198,16 @@ def test_report_is_whole_escaped_and_needs_no_network() -> None:
     assert "cut at the length limit" in found.text and "could not be scored" in found.text
     assert re.search(r"faults/unscorable\s*5", found.text)
     assert found.tags.count("svg") == 3
+
+
+def test_the_report_sums_whatever_was_dropped() -> None:
+    """Groups and pairs that taught nothing are told, each under its reason; what never happened is not."""
+    names = ["groups/dropped", "groups/equal_dropped", "pairs/ties", "pairs/identical", "pairs/empty"]
+    names += ["faults/judge_dropped"]
+    rows = [{"step": n, **{name: float(place) for place, name in enumerate(names)}} for n in range(3)]
+    text = Structure(page("a run", rows, [], "", {})).text
+    for place, name in enumerate(names):
+        assert (re.search(rf"{name}{3 * place}(?!\d)", text) is not None) == (place > 0), name
 
 
 def test_report_of_a_run_that_has_not_begun(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf.cli.main import main
 from rlhf.config import ModelConfig
 from rlhf.models.load import load_tokenizer
 from rlhf.models.score import start_score_model
@@ -58,7 +59,7 @@ def test_a_run_is_rewarded_by_a_model(content: dict[str, Any], tmp_path: Path) -
         ({"reward": {"model": "tiny"}}, "reward.model: tiny is a language model"),
         ({"reward": {"model": "./nowhere"}}, "reward.model"),
         ({"reward": {"model": "./judge", "timeout_s": 3}}, "timeout_s would do nothing"),
-        ({"reward": {}}, "exactly one of function and model"),
+        ({"reward": {}}, "exactly one of function, model, server, llm and ranker says what is good; none is set"),
     ],
 )
 def test_bad_input_is_refused(content: dict[str, Any], tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -66,3 +67,36 @@ def test_bad_input_is_refused(content: dict[str, Any], tmp_path: Path, changes: 
     refused = run(tmp_path, content | changes)
     assert refused.returncode == 2 and named in refused.stdout + refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "heldout", "code", "said"),
+    [
+        ("all", 1, 2, "reward.model: the score of LlamaForSequenceClassification is nan: its weights are broken"),
+        ("eos", 1, 4, "evaluation after 0 steps: none of 1 held-out answers could be scored"),
+        ("eos", 0, 4, "8 groups in a row could not be judged"),
+    ],
+)
+def test_a_reward_model_that_says_nan_only_ends_the_run(
+    content: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    heldout: int,
+    code: int,
+    said: str,
+) -> None:
+    """NaN weights, and NaN for the token at which every answer is scored: named, and no 0 is trained on."""
+    model = start_score_model(ModelConfig(name="tiny"), "float32", 0)
+    rows = slice(None) if where == "all" else slice(1, 2)  # the EOS
+    model.get_input_embeddings().weight.data[rows] = float("nan")
+    model.save_pretrained(tmp_path / "judge")
+    content["data"]["heldout"] = heldout
+    content["data"]["path"], content["reward"]["model"] = str(tmp_path / "prompts.jsonl"), str(tmp_path / "judge")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    found = main(["run", str(tmp_path / "run.yaml"), "--in-process", "--run-dir", str(tmp_path / "out")])
+    shown = capsys.readouterr().err
+    assert (found, said in shown) == (code, True), shown
+    assert not (tmp_path / "out" / "metrics.jsonl").exists() or not (tmp_path / "out" / "metrics.jsonl").read_text()
+    if heldout == 0:
+        assert "gave a score that is not finite for 2, and 0 do not fit in it" in shown

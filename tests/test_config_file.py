@@ -197,6 +197,7 @@ def test_differing_keys_are_found_at_any_depth(tmp_path: Path) -> None:
         "loop.num_steps",
         "model.lora",
         "model.lora.alpha",
+        "model.lora.base",
         "model.lora.rank",
         "model.lora.target_modules",
     ]
@@ -221,6 +222,21 @@ def test_shipped_run_files_load(path: Path) -> None:
     config = load_run(path, [])
     assert Path(config.data.path).is_file()
     assert config.reward is None or Path(config.reward.function.rpartition(":")[0]).is_file()
+
+
+def test_a_pool_may_be_a_range_and_trainer_and_buffer_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("rollout: {replicas: 4, min_replicas: 1}")
+    cluster = load_cluster(path, [])
+    assert (cluster.rollout.needed, cluster.rollout.replicas, cluster.reward.needed) == (1, 4, 1)
+    for text, message in (
+        ("rollout: {replicas: 2, min_replicas: 3}", "min_replicas=3 is more than replicas=2"),
+        ("trainer: {replicas: 2, min_replicas: 1}", "trainer.min_replicas: the trainer does not grow or shrink"),
+        ("buffer: {min_replicas: 1}", "buffer.min_replicas"),
+    ):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            load_cluster(path, [])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "clusters").glob("*.yaml")), ids=lambda path: path.stem)

@@ -55,7 +55,16 @@ def rows(
 ) -> OfflineSet:
     records = [Record(row, "rows.jsonl", number + 1) for number, row in enumerate(columns)]
     config = DataConfig(**{"path": "given", "shuffle": False, **changes})
-    return OfflineSet(records, kind, make_tokenizer(adds_bos=adds_bos, template=template), stops, config, 0)
+    return OfflineSet(
+        records,
+        kind,
+        make_tokenizer(adds_bos=adds_bos, template=template),
+        stops,
+        config,
+        0,
+        encoder=False,
+        left_out=(),
+    )
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -84,7 +93,7 @@ def test_prompts_are_tokenised_as_in_a_rollout(template: str | None, adds_bos: b
     offline = rows("preferences", PAIR, adds_bos=adds_bos, template=template, stops=[EOS, TURN])
     config = DataConfig(path="given", shuffle=False)
     tokenizer = make_tokenizer(adds_bos=adds_bos, template=template)
-    online = PromptSet([Record({"prompt": "w1 w2"}, "rows.jsonl", 1)], tokenizer, config, 0)
+    online = PromptSet([Record({"prompt": "w1 w2"}, "rows.jsonl", 1)], tokenizer, config, 0, encoder=False)
     ids = offline.prompt(0).token_ids.tolist()
     assert ids == online.prompt(0).token_ids.tolist() and ids.count(BOS) <= 1
     assert all(BOS not in sample.token_ids for sample in offline.group(offline.prompt(0)).samples)

@@ -127,7 +127,7 @@ def test_unreadable_files_name_the_place(tmp_path: Path, name: str, content: byt
 def test_unusable_rows_name_the_place(columns: dict[str, Any], expected: str) -> None:
     tokenizer = make_tokenizer(adds_bos=False, template=PLAIN)
     with pytest.raises(BadInput, match=expected):
-        PromptSet([Record(columns, "rows.jsonl", 1)], tokenizer, settings(chat_template=True), 0)
+        PromptSet([Record(columns, "rows.jsonl", 1)], tokenizer, settings(chat_template=True), 0, encoder=False)
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -135,7 +135,11 @@ def test_unusable_rows_name_the_place(columns: dict[str, Any], expected: str) ->
 def test_bos_stands_once_and_only_where_it_belongs(adds_bos: bool, template: str | None) -> None:
     """BOS by template, by tokenizer, by both: once. By neither: not at all. No EOS behind the prompt."""
     tokenizer = make_tokenizer(adds_bos=adds_bos, template=template)
-    ids = PromptSet(records("w1 w2"), tokenizer, settings(chat_template=True), 0).prompt(0).token_ids.tolist()
+    ids = (
+        PromptSet(records("w1 w2"), tokenizer, settings(chat_template=True), 0, encoder=False)
+        .prompt(0)
+        .token_ids.tolist()
+    )
     expected = 1 if adds_bos or (template or "").startswith("{{ bos_token }}") else 0
     assert ids.count(1) == expected and ids[:expected] == [1] * expected
     assert 2 not in ids
@@ -148,45 +152,47 @@ def test_templates_and_system_prompts() -> None:
         {"role": "assistant", "content": "w2"},
         {"role": "user", "content": "w3"},
     ]
-    prompts = PromptSet(records("w9", asked), tokenizer, settings(chat_template=True, shuffle=False), 0)
+    prompts = PromptSet(records("w9", asked), tokenizer, settings(chat_template=True, shuffle=False), 0, encoder=False)
     assert prompts.prompt(0).text == "[user] w9 [assistant]"
     assert prompts.prompt(1).text == "[user] w1 [assistant] w2 [user] w3 [assistant]"
     assert prompts.prompt(1).content == asked and prompts.prompt(1).columns == {"answer": 1}
-    spoken = PromptSet(records("w9"), tokenizer, settings(chat_template=True, system_prompt="w5"), 0)
+    spoken = PromptSet(records("w9"), tokenizer, settings(chat_template=True, system_prompt="w5"), 0, encoder=False)
     assert spoken.prompt(0).text == "[system] w5 [user] w9 [assistant]"
     assert spoken.prompt(0).content == "w9"
     bare = make_tokenizer(adds_bos=False, template=None)
     with pytest.raises(
         BadInput, match=r"rows.jsonl:1: .*holds messages, but this model's tokenizer has no chat template"
     ):
-        PromptSet(records(asked), bare, settings(chat_template=True), 0)
+        PromptSet(records(asked), bare, settings(chat_template=True), 0, encoder=False)
     with pytest.raises(BadInput, match=r"data.system_prompt needs a chat template, but data.chat_template is false"):
-        PromptSet(records("w1"), tokenizer, settings(system_prompt="w5"), 0)
+        PromptSet(records("w1"), tokenizer, settings(system_prompt="w5"), 0, encoder=False)
     refusing = make_tokenizer(adds_bos=False, template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadInput, match=r"rows.jsonl:1: .*roles must alternate"):
-        PromptSet(records("w1"), refusing, settings(chat_template=True), 0)
+        PromptSet(records("w1"), refusing, settings(chat_template=True), 0, encoder=False)
 
 
 def test_too_long_prompts_are_dropped_refused_or_cut() -> None:
     """Ten words against a limit of four; the cut keeps the end, and the BOS at the front."""
     rows, tokenizer = records(words(3), words(10), words(4, 50)), make_tokenizer(adds_bos=False, template=None)
-    dropping = PromptSet(rows, tokenizer, settings(max_prompt_tokens=4), 0)
+    dropping = PromptSet(rows, tokenizer, settings(max_prompt_tokens=4), 0, encoder=False)
     assert len(dropping) == 2 and dropping.dropped == {TOO_LONG: 1}
     assert {dropping.prompt(n).row for n in range(2)} == {0, 2}
     with pytest.raises(BadInput, match=r"1 of 3 .*data.max_prompt_tokens=4: rows.jsonl:2 has 10 tokens"):
-        PromptSet(rows, tokenizer, settings(max_prompt_tokens=4, too_long="refuse"), 0)
+        PromptSet(rows, tokenizer, settings(max_prompt_tokens=4, too_long="refuse"), 0, encoder=False)
     with pytest.raises(BadInput, match=r"all 3 prompts are over .*the shortest has 3 tokens"):
-        PromptSet(rows, tokenizer, settings(max_prompt_tokens=2), 0)
-    cut = PromptSet(rows, tokenizer, settings(max_prompt_tokens=4, too_long="truncate", shuffle=False), 0)
+        PromptSet(rows, tokenizer, settings(max_prompt_tokens=2), 0, encoder=False)
+    cut = PromptSet(
+        rows, tokenizer, settings(max_prompt_tokens=4, too_long="truncate", shuffle=False), 0, encoder=False
+    )
     assert cut.prompt(1).token_ids.tolist() == tokenizer("w6 w7 w8 w9")["input_ids"]
     with_bos = make_tokenizer(adds_bos=True, template=None)
-    cut = PromptSet(rows, with_bos, settings(max_prompt_tokens=4, too_long="truncate", shuffle=False), 0)
+    cut = PromptSet(rows, with_bos, settings(max_prompt_tokens=4, too_long="truncate", shuffle=False), 0, encoder=False)
     assert cut.prompt(1).token_ids.tolist() == [1, *tokenizer("w7 w8 w9")["input_ids"]]
 
 
 def test_each_epoch_visits_each_row_once_and_ids_are_repeatable() -> None:
     rows, tokenizer = records(*(f"w{n}" for n in range(10))), make_tokenizer(adds_bos=False, template=None)
-    first, again, other = (PromptSet(rows, tokenizer, settings(), seed) for seed in (0, 0, 1))
+    first, again, other = (PromptSet(rows, tokenizer, settings(), seed, encoder=False) for seed in (0, 0, 1))
     visited = [[first.prompt(epoch * 10 + n).row for n in range(10)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in visited)
     assert len({tuple(epoch) for epoch in visited}) == 3
@@ -194,7 +200,7 @@ def test_each_epoch_visits_each_row_once_and_ids_are_repeatable() -> None:
     assert [again.prompt(n).row for n in range(30)] == flat
     assert [other.prompt(n).row for n in range(30)] != flat
     assert (first.prompt(23).id, first.prompt(23).epoch) == (23, 2)
-    in_order = PromptSet(rows, tokenizer, settings(shuffle=False), 0)
+    in_order = PromptSet(rows, tokenizer, settings(shuffle=False), 0, encoder=False)
     assert [in_order.prompt(n).row for n in range(12)] == [*range(10), 0, 1]
 
 
@@ -202,25 +208,25 @@ def test_heldout_prompts_are_apart_and_stay_the_same() -> None:
     """Equal prompts fall on one side; the choice depends neither on the order of the rows nor on the seed."""
     texts = [f"w{n // 2}" for n in range(40)]  # twenty prompts, each twice
     tokenizer = make_tokenizer(adds_bos=False, template=None)
-    prompts = PromptSet(records(*texts), tokenizer, settings(heldout=5), 0)
+    prompts = PromptSet(records(*texts), tokenizer, settings(heldout=5), 0, encoder=False)
     heldout = {prompt.text for prompt in prompts.heldout_prompts()}
     trained = {prompts.prompt(n).text for n in range(len(prompts))}
     assert len(prompts.heldout_prompts()) == len(heldout) == 5 and len(prompts) == 30
     assert heldout | trained == set(texts) and not heldout & trained
     assert prompts.dropped == {REPEATED: 5}  # every row is accounted for: 30 + 5 + 5
-    turned = PromptSet(records(*reversed(texts)), tokenizer, settings(heldout=5), 9)
+    turned = PromptSet(records(*reversed(texts)), tokenizer, settings(heldout=5), 9, encoder=False)
     assert {prompt.text for prompt in turned.heldout_prompts()} == heldout
     assert len({prompt.id for prompt in prompts.heldout_prompts()}) == 5
     assert all(prompt.id < 0 for prompt in prompts.heldout_prompts())
     with pytest.raises(BadInput, match=r"data.heldout=20 leaves nothing to train on"):
-        PromptSet(records(*texts), tokenizer, settings(heldout=20), 0)
+        PromptSet(records(*texts), tokenizer, settings(heldout=20), 0, encoder=False)
 
 
 def test_fingerprint_moves_with_rows_and_settings_but_not_with_the_place() -> None:
     tokenizer = make_tokenizer(adds_bos=False, template=None)
 
     def fingerprint(rows: list[Record], **changes: Any) -> str:
-        return PromptSet(rows, tokenizer, settings(**changes), 0).fingerprint
+        return PromptSet(rows, tokenizer, settings(**changes), 0, encoder=False).fingerprint
 
     rows = records("w1", "w2", "w3")
     same = fingerprint(rows)
@@ -231,6 +237,6 @@ def test_fingerprint_moves_with_rows_and_settings_but_not_with_the_place() -> No
         fingerprint(rows[:2]),
         fingerprint([*rows[:2], Record({"prompt": "w3", "answer": 99}, "rows.jsonl", 3)]),
         fingerprint(rows, heldout=1),
-        PromptSet(rows, make_tokenizer(adds_bos=True, template=None), settings(), 0).fingerprint,
+        PromptSet(rows, make_tokenizer(adds_bos=True, template=None), settings(), 0, encoder=False).fingerprint,
     ]
     assert len({same, *others}) == 6

@@ -263,6 +263,14 @@ def test_a_consumer_that_stops_early_leaves_nothing_in_flight(setting: Setting) 
     assert ids_of(setting.engine.generate(prompts(4), sampling(), 4, "sample")) == complete
 
 
+def test_vllm_shows_that_it_advances_between_groups(setting: Setting) -> None:
+    """A sign a step of the engine: at least as many as the longest answer has tokens."""
+    items = list(setting.engine.steps(prompts(3), sampling(), 2, "sample"))
+    groups = [group for group in items if group is not None]
+    assert items.count(None) >= max(len(s.token_ids) for group in groups for s in group.samples) > 3
+    assert ids_of(groups) == ids_of(setting.engine.generate(prompts(3), sampling(), 2, "sample"))
+
+
 def test_prompts_that_do_not_fit_into_one_step_of_the_engine_are_answered_as_alone(setting: Setting) -> None:
     """9,600 tokens of prompts: read in parts, they would make vLLM wind back generators, which fails on a CPU."""
     random = np.random.default_rng(5)

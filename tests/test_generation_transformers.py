@@ -229,3 +229,12 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_row(engine: Transformers
     long = Prompt(4, 17, 0, "?", "?", np.full(120, 50, dtype=np.int32), {})
     with pytest.raises(BadInput, match=r"prompt 4 \(row 17\) has 120 tokens"):
         engine.generate([long], sampling(), 1, "sample")
+
+
+def test_an_engine_shows_that_it_advances_between_groups(engine: TransformersGenerator) -> None:
+    """One sign a decoding step, so that a long answer is told from a dead engine; the groups are those of generate."""
+    items = list(engine.steps(prompts(3), sampling(max_new_tokens=6), 2, "sample"))
+    steps = sum(max(len(s.token_ids) for s in group.samples) - 1 for group in items if group is not None)
+    assert items.count(None) == steps > 3
+    again = list(engine.generate(prompts(3), sampling(max_new_tokens=6), 2, "sample"))
+    assert all(same(left, right) for left, right in zip(filter(None, items), again, strict=True))

@@ -313,7 +313,7 @@ def test_bad_functions_are_refused_before_the_run(rewards, spec, said):
     (leaves := rewards.parent / "leaves.py").write_text("import os\nos._exit(5)\n")
     function = spec.format(file=rewards, broken=broken, leaves=leaves)
     with pytest.raises(BadInput, match=f"reward.function: .*{said}"):
-        check_reward_function(function)
+        check_reward_function(function, "reward.function")
     if "leaves" not in spec:
         for isolate in (True, False):
             with pytest.raises(BadInput, match=said):
@@ -324,7 +324,7 @@ def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):
     """By file (whose neighbours it may import) and by module; what the module imports stays out of this process."""
     (tmp_path / "neighbour_of_rewards.py").write_text("def f(prompts, completions):\n    return []\n")
     (tmp_path / "uses.py").write_text("from neighbour_of_rewards import f\n")
-    check_reward_function(f"{rewards}:length")
-    check_reward_function(f"{tmp_path / 'uses.py'}:f")
-    check_reward_function("colorsys:rgb_to_hsv")
+    check_reward_function(f"{rewards}:length", "reward.function")
+    check_reward_function(f"{tmp_path / 'uses.py'}:f", "reward.function")
+    check_reward_function("colorsys:rgb_to_hsv", "reward.function")
     assert "neighbour_of_rewards" not in sys.modules

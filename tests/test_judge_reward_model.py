@@ -151,7 +151,7 @@ def test_the_judge_scores_what_direct_scoring_of_the_text_does(
     answers = [" yes please", " no", " more " * 20, ""]
     samples = tuple(replace(s, text=text, scores={}) for s, text in zip(group.samples, answers, strict=True))
     group = replace(group, samples=samples, prompt=replace(group.prompt, content="tell me more"))
-    judge = build_reward_judge(run_with(word_reward))
+    judge = build_reward_judge(run_with(word_reward), {}, Path("unused"))
     judge.setup()
     columns = judge.judge(group)
     judge.close()
@@ -190,13 +190,13 @@ def test_a_conversation_ends_where_training_ends() -> None:
 def test_a_model_without_a_scalar_head_is_refused_before_the_run(tiny_reward: Path, tmp_path: Path) -> None:
     """A language model, two labels, a head that is not in the weights, no model at all: BadInput with the key and what
     was found. The whole folder passes."""
-    check_reward_model(str(tiny_reward), fetch=False)
+    check_reward_model(str(tiny_reward), "reward.model", fetch=False)
     with pytest.raises(BadInput, match=r"reward.model: tiny is a language model"):
-        check_reward_model("tiny", fetch=False)
+        check_reward_model("tiny", "reward.model", fetch=False)
     with pytest.raises(BadInput, match=r"reward.model: .*LlamaForCausalLM"):
-        check_reward_model(str(resolve("tiny")), fetch=False)
+        check_reward_model(str(resolve("tiny")), "reward.model", fetch=False)
     with pytest.raises(BadInput, match=r"^reward.model: .*neither|^reward.model: .*no folder"):
-        check_reward_model(str(tmp_path / "nothing"), fetch=False)
+        check_reward_model(str(tmp_path / "nothing"), "reward.model", fetch=False)
     headless, two = tmp_path / "headless", tmp_path / "two"
     for folder in (headless, two):
         shutil.copytree(resolve("tiny"), folder)
@@ -206,9 +206,9 @@ def test_a_model_without_a_scalar_head_is_refused_before_the_run(tiny_reward: Pa
             json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]} | labels)
         )
     with pytest.raises(BadInput, match=r"no tensor of shape \(1, hidden size\)"):
-        check_reward_model(str(headless), fetch=False)
+        check_reward_model(str(headless), "reward.model", fetch=False)
     with pytest.raises(BadInput, match="2 outputs"):
-        check_reward_model(str(two), fetch=False)
+        check_reward_model(str(two), "reward.model", fetch=False)
     with pytest.raises(BadInput, match="lacks tensors"):
         load_score_model(ModelConfig(name=str(headless)), "float32")
 
@@ -216,9 +216,9 @@ def test_a_model_without_a_scalar_head_is_refused_before_the_run(tiny_reward: Pa
 def test_a_run_names_a_function_or_a_model(tiny_reward: Path, run_with: Callable[[Path], RunConfig]) -> None:
     """Neither, both, or a setting that would do nothing is refused; the judge is built for what is named."""
     config = run_with(tiny_reward)
-    assert isinstance(build_reward_judge(config), RewardModelJudge)
+    assert isinstance(build_reward_judge(config, {}, Path("unused")).inner, RewardModelJudge)
     for reward, complaint in [
-        ({}, "neither is set"),
+        ({}, "none is set"),
         ({"function": "a:b", "model": "c"}, "both are set"),
         ({"model": "c", "timeout_s": 5.0}, "timeout_s would do nothing"),
         ({"function": "a:b", "dtype": "bfloat16"}, "dtype would do nothing"),
@@ -226,7 +226,7 @@ def test_a_run_names_a_function_or_a_model(tiny_reward: Path, run_with: Callable
         with pytest.raises(ValueError, match=complaint):
             RunConfig.model_validate(config.model_dump() | {"reward": reward})
     by_function = RunConfig.model_validate(config.model_dump() | {"reward": {"function": "a:b"}})
-    assert isinstance(build_reward_judge(by_function), RewardFunctionJudge)
+    assert isinstance(build_reward_judge(by_function, {}, Path("unused")).inner, RewardFunctionJudge)
     assert RunConfig.model_validate(config.model_dump()) == config
 
 

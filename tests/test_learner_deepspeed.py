@@ -142,6 +142,7 @@ def steps(sampled_groups: Callable[..., list[Group]]) -> list[list[Group]]:
         (2, {"name": "tiny-untied", "lora": {"rank": 4}}),
         (2, {"name": "tiny"}),
         (3, {"name": "tiny"}),
+        (3, {"name": "tiny_t5", "lora": {"rank": 4}}),
     ],
 )
 def test_two_ranks_equal_one_process(

@@ -222,7 +222,7 @@ def test_published_weights_make_a_plain_model_with_the_same_logprobs(
     start = {key: parameter.clone() for key, parameter in model.named_parameters()}
     model.load_state_dict({key: tensor.unpack() for key, tensor in weights.tensors.items()}, strict=False)
     assert furthest(start, dict(model.named_parameters())) > 1e-2
-    inputs = probe_inputs(320)
+    inputs = probe_inputs(model.config)
     with torch.no_grad():
         logits = torch.log_softmax(model(inputs.input_ids).logits[0, :-1], dim=-1)
     measured = logits.gather(1, inputs.targets[:, None])[:, 0]
@@ -315,16 +315,17 @@ def test_saved_policy_loads_with_from_pretrained(
         assert torch.allclose(adapted(ids).logits, model(ids).logits, atol=1e-4)
 
 
-def test_state_of_another_engine_is_refused(
+def test_state_of_another_model_or_algorithm_is_refused(
     make: Callable[..., PolicyLearner], groups: list[Group], tmp_path: Path
 ) -> None:
-    """The message says what was found and what to do."""
-    learner = make({}, {}, {}, {})
-    learner.save(tmp_path)
+    """The message names a tensor, or what the algorithm carries from step to step."""
+    make({}, {"name": "tiny"}, {}, {}).save(tmp_path)
+    with pytest.raises(BadInput, match=r"lm_head\.weight absent"):
+        make({}, {"name": "tiny-untied"}, {}, {}).load(tmp_path)
     file = tmp_path / "trainer" / "learner.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 2}))
-    with pytest.raises(BadInput, match="2 ranks"):
-        learner.load(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run_state": {"reward_sum": 1.0}}))
+    with pytest.raises(BadInput, match="reward_sum"):
+        make({}, {"name": "tiny"}, {}, {}).load(tmp_path)
 
 
 def test_run_state_advances_with_the_update_and_not_before(

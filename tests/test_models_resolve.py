@@ -13,7 +13,7 @@ import pytest
 from rlhf.config import ModelConfig
 from rlhf.errors import BadInput
 from rlhf.models.load import load_model, load_tokenizer, stop_ids
-from rlhf.models.resolve import check_model, resolve
+from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
 
 
 @pytest.fixture
@@ -139,12 +139,11 @@ def test_missing_tensor_is_named_instead_of_drawn_at_random(tmp_path: Path) -> N
         load_model(ModelConfig(name=str(folder)), "float32")
 
 
-def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    """By its config, before its weights are read."""
-    from transformers import T5Config, T5ForConditionalGeneration
+def test_an_encoder_decoder_is_told_by_its_config(tmp_path: Path) -> None:
+    """Before its weights are read: built-in names, and a folder that holds nothing but a config."""
+    from transformers import T5Config
 
-    config = T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    load_tokenizer("tiny", trust_remote_code=False).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="encoder-decoder"):
-        load_model(ModelConfig(name=str(tmp_path)), "float32")
+    T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    found = {name: is_encoder_decoder(name) for name in ("tiny", "tiny-untied", "tiny_t5", "smollm2", str(tmp_path))}
+    assert [name for name, told in found.items() if told] == ["tiny_t5", str(tmp_path)]
+    assert not is_encoder_decoder(str(resolve("tiny")))

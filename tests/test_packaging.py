@@ -233,4 +233,5 @@ def foreign(imported: dict[str, str], allowed: set[str]) -> dict[str, str]:
     """The imported packages that no allowed distribution provides, and the file that imports each."""
     owners = importlib.metadata.packages_distributions()
     provided = {package for package, names in owners.items() if {canonical(name) for name in names} & allowed}
+    provided |= {name.replace("-", "_") for name in allowed}  # of an extra that is not installed here
     return {package: file for package, file in imported.items() if package not in provided}

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from rlhf.buffer.audit import ExperienceView
 
 ROOT = Path(__file__).parents[1]
 RLHF = [sys.executable, "-m", "rlhf.cli.main"]
@@ -126,56 +129,85 @@ def test_two_ranks_and_two_engines_agree_for_three_steps(workplace: Path, stage:
     assert verified(workplace / "runs" / "plain")["trained"] == 12
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_parameters_as_an_undisturbed_one(workplace: Path) -> None:
-    """SIGKILL between two checkpoints; in one process, float32."""
-    done(rlhf(workplace, "run", "plain.yaml", "--in-process", "--run-dir", "straight", "loop.num_steps=6"))
-    command = [*RLHF, "run", "plain.yaml", "--in-process", "--run-dir", "killed", "loop.num_steps=6"]
-    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (workplace / "killed/metrics.jsonl").exists() and len(rows(workplace / "killed")) >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (workplace / "killed/checkpoints/step-000006").exists(), "the run ended before it was killed"
-    done(rlhf(workplace, *command[3:]))
-    assert_bitwise_equal(policy(workplace / "straight", 6), policy(workplace / "killed", 6))
-    assert verified(workplace / "killed") == verified(workplace / "straight")
-    assert [row["step"] for row in rows(workplace / "killed")] == [0, 1, 2, 3, 4, 5]
+def actors_of(process: "subprocess.Popen[str]") -> dict[int, str]:
+    """The actors of a run by process id: their class names."""
+
+    def title(child: psutil.Process) -> str:
+        try:
+            return " ".join(child.cmdline())
+        except psutil.Error:  # it has just ended
+            return ""
+
+    found = {child.pid: title(child) for child in psutil.Process(process.pid).children(recursive=True)}
+    roles = ("Rollout", "PolicyRank", "JudgeHost", "ExperienceBuffer")
+    return {pid: role for pid, line in found.items() for role in roles if line.startswith(f"ray::{role}")}
+
+
+def disturb(process: "subprocess.Popen[str]", run_dir: Path, role: str, number: signal.Signals, fault: str) -> None:
+    """A signal to one actor of a role, in the middle of the run; returns when the metric of the fault has grown and
+    three more steps are done. No other actor may have been replaced."""
+
+    def count() -> float:
+        return sum(row[fault] for row in rows(run_dir))
+
+    def steps() -> int:
+        return len(rows(run_dir))
+
+    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and steps() > 0, process)
+    before, counted = actors_of(process), count()
+    victim = min(pid for pid, name in before.items() if name == role)
+    os.kill(victim, number)
+    wait_for(lambda: count() > counted, process)
+    goal = steps() + 3
+    wait_for(lambda: steps() >= goal, process)
+    wait_for(lambda: victim not in actors_of(process), process)
+    assert {pid: name for pid, name in before.items() if pid != victim}.items() <= actors_of(process).items()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_every_actor_may_be_killed_and_the_run_ends_as_an_undisturbed_one(workplace: Path) -> None:
-    """SIGKILL of one actor of each role, one after the other, in one run; same parameters, bitwise, and a clean ledger.
-
-    Not covered: two deaths at once, the death of Ray's own processes.
-    """
-    (workplace / "cluster.yaml").write_text("threads_per_role: 1\n")
-    settings = ["plain.yaml", "loop.num_steps=200", "loop.checkpoint_every=5", "--cluster", "cluster.yaml"]
+def test_an_engine_or_judge_that_dies_or_hangs_is_replaced_alone_and_the_run_ends_as_an_undisturbed_one(
+    workplace: Path,
+) -> None:
+    """One of two engines gets SIGKILL, then the judge's host, then an engine SIGSTOP. Same parameters, bitwise, and the
+    same ledger as the run in one process that nobody disturbs."""
+    (workplace / "cluster.yaml").write_text("rollout: {replicas: 2}\nthreads_per_role: 1\n")
+    settings = ["plain.yaml", "loop.num_steps=300", "loop.heartbeat_timeout_s=8", "--cluster", "cluster.yaml"]
     command = [*RLHF, "run", *settings, "--run-dir", "killed"]
     process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics_file = workplace / "killed/metrics.jsonl"
-    for restarts, role in enumerate(["Rollout", "PolicyRank", "JudgeHost", "ExperienceBuffer"]):
-        wait_for(
-            lambda restarts=restarts: (
-                metrics_file.exists()
-                and [row["faults/restarts"] for row in rows(workplace / "killed")].count(restarts) >= 3
-            ),
-            process,
-        )
-        victims = [
-            child.pid
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if " ".join(child.cmdline()).startswith(f"ray::{role}")
-        ]
-        os.kill(victims[0], signal.SIGKILL)
-    wait_for(lambda: any(row["faults/restarts"] == 4 for row in rows(workplace / "killed")), process)
+    disturb(process, workplace / "killed", "Rollout", signal.SIGKILL, "faults/workers_died")
+    disturb(process, workplace / "killed", "JudgeHost", signal.SIGKILL, "faults/workers_died")
+    disturb(process, workplace / "killed", "Rollout", signal.SIGSTOP, "faults/workers_hung")
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told
-    steps = len(rows(workplace / "killed"))
-    done(rlhf(workplace, "run", *settings, f"loop.num_steps={steps}", "--run-dir", "straight", "--in-process"))
-    assert_bitwise_equal(policy(workplace / "straight", steps), policy(workplace / "killed", steps))
-    assert verified(workplace / "killed")["trained"] == verified(workplace / "straight")["trained"] == steps * 4
+    steps = rows(workplace / "killed")
+    assert not sum(row["faults/prompts_set_aside"] + row["faults/restarts"] for row in steps), told
+    straight = [*settings, f"loop.num_steps={len(steps)}", "--run-dir", "straight", "--in-process"]
+    done(rlhf(workplace, "run", *straight))
+    assert_bitwise_equal(policy(workplace / "straight", len(steps)), policy(workplace / "killed", len(steps)))
+    ledgers = [verified(workplace / name) for name in ("killed", "straight")]  # one holds leases: it was interrupted
+    assert ledgers[0]["trained"] == ledgers[1]["trained"] == len(steps) * 4 and not ledgers[0]["dropped"]
+    trained = [ExperienceView(workplace / name / "experience.db").history() for name in ("killed", "straight")]
+    assert [step.prompt_ids for step in trained[0]] == [step.prompt_ids for step in trained[1]]
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.soak
+def test_one_of_two_vllm_engines_is_killed_and_only_it_is_replaced(workplace: Path) -> None:
+    """The ledger is that of the undisturbed run; with vLLM the samples need not be bitwise the same."""
+    (workplace / "cluster.yaml").write_text("rollout: {replicas: 2}\nthreads_per_role: 1\n")
+    settings = ["plain.yaml", "generation.engine=vllm", "generation.cache_gib=0.3", "loop.num_steps=40"]
+    command = [*RLHF, "run", *settings, "--cluster", "cluster.yaml", "--run-dir", "killed"]
+    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    disturb(process, workplace / "killed", "Rollout", signal.SIGKILL, "faults/workers_died")
+    told, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, told
+    ledger = verified(workplace / "killed")
+    assert ledger["trained"] == ledger["issued"] == 160 and rows(workplace / "killed")[-1]["sync/engines"] == 2, told
+    steps = ExperienceView(workplace / "killed" / "experience.db").history()
+    assert [step.prompt_ids for step in steps] == [tuple(range(n, n + 4)) for n in range(0, 160, 4)]
 
 
 @pytest.mark.vllm
@@ -205,7 +237,7 @@ def test_an_interrupted_run_saves_its_state_and_goes_on(workplace: Path) -> None
     ("body", "said"),
     [
         ("    raise KeyError('no such word')", "no such word"),
-        ("    while True: pass", "5 s"),
+        ("    while True: pass", "1 s"),
         ("    return [1.0]", "1 value"),
         ("    return [float('nan')] * len(completions)", "nan"),
     ],
@@ -214,7 +246,7 @@ def test_an_interrupted_run_saves_its_state_and_goes_on(workplace: Path) -> None
 def test_a_faulty_reward_function_stops_the_run_and_loses_nothing(workplace: Path, body: str, said: str) -> None:
     """Mended, the run goes on; what was generated is judged and not generated again."""
     (workplace / "reward.py").write_text(f"def reward(prompts, completions, **columns):\n{body}\n")
-    arguments = ["run", "plain.yaml", "--in-process", "--run-dir", "faulty", "loop.num_steps=2"]
+    arguments = ["run", "plain.yaml", "--in-process", "--run-dir", "faulty", "loop.num_steps=2", "reward.timeout_s=1"]
     failed = rlhf(workplace, *arguments)
     assert failed.returncode == 4 and said in failed.stdout + failed.stderr, failed.stdout + failed.stderr
     held = verified(workplace / "faulty")
@@ -225,9 +257,9 @@ def test_a_faulty_reward_function_stops_the_run_and_loses_nothing(workplace: Pat
     assert verified(workplace / "faulty")["trained"] == 8 and held["trained"] == 0
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    """Until the condition holds; fails when the process ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[Any]") -> None:
+    """Until the condition holds; fails when the process ends before, or after four minutes."""
+    deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, f"the run ended with {process.returncode} before it could be disturbed"
         assert time.monotonic() < deadline

@@ -103,13 +103,13 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
 
 def test_versions_go_forward_and_a_number_means_one_thing() -> None:
     weights = published(3)
-    verify_order(weights, None, None, "engine")
-    verify_order(weights, 1, "another", "engine")
-    verify_order(weights, 3, weights.fingerprint, "engine")
+    verify_order(weights, 0, None, None, "engine")
+    verify_order(weights, 0, 1, "another", "engine")
+    verify_order(weights, 0, 3, weights.fingerprint, "engine")
     with pytest.raises(WeightMismatch, match="holds version 4 and was given the older version 3"):
-        verify_order(weights, 4, "another", "engine")
+        verify_order(weights, 0, 4, "another", "engine")
     with pytest.raises(WeightMismatch, match="only one learner"):
-        verify_order(weights, 3, "another", "engine")
+        verify_order(weights, 0, 3, "another", "engine")
 
 
 def test_probe_reports_the_largest_difference_and_refuses_more() -> None:

@@ -1,7 +1,7 @@
 """What the online algorithms share: how scores become rewards, rows, metrics; RLOO's loss.
 
     R = r - beta sum_t m_t d_t                       the KL price is part of the reward, before any baseline
-    loss = -sum_i A_i sum_t m_t w_t l_t              arXiv 2402.14740, Eqs 3 and 6; w is the importance weight
+    loss = -sum_i A_i sum_t m_t w_t l_t              arXiv 2402.14740, Eqs 3 and 6; w is that of `off_policy`
 
 In RLOO and REINFORCE the whole completion is one action, paid once; they differ in the baseline only, which is in their
 own files. GRPO and REINFORCE++ have the loss of `clipped`. d_t = l_t - l^ref_t is policy minus reference.
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.config import KlConfig, OnlineConfig
+from rlhf.algorithms import off_policy
+from rlhf.config import KlConfig, OnlineConfig, ReinforceConfig, RlooConfig
 from rlhf.experience import (
     ADVANTAGES,
     BEHAVIOR_LOGPROBS,
@@ -31,7 +32,7 @@ from rlhf.experience import (
 )
 from rlhf.metrics import Metric, Metrics, last, mean, mean_of, total
 from rlhf.ops.kl import k1, k3
-from rlhf.ops.losses import k2_loss, k2_token_loss, k3_loss, policy_gradient, truncated_ratio
+from rlhf.ops.losses import k2_loss, k2_token_loss, k3_loss, policy_gradient
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
 
 # Log-ratios beyond this many nats a token enter k3 as this many: e^20 is 5e8, and one such token would be the whole
@@ -97,7 +98,11 @@ def varied(episodes: Sequence[Episode], *, drop_equal_groups: bool) -> list[Epis
 
 
 def train_batch(
-    groups: Sequence[Group], scored: Sequence[Episode], kept: Sequence[Episode], advantages: Tensor, kl: KlConfig
+    config: RlooConfig | ReinforceConfig,
+    groups: Sequence[Group],
+    scored: Sequence[Episode],
+    kept: Sequence[Episode],
+    advantages: Tensor,
 ) -> TrainBatch:
     """One row a kept episode, its advantage on every token; the learner divides by the number of rows (Eq 6's 1/n).
 
@@ -109,9 +114,11 @@ def train_batch(
         for episode, advantage in zip(kept, advantages.tolist(), strict=True)
     ]
     sizes = advantages.abs().tolist()
-    measured = {**measure(groups, scored, kept), "advantage/abs_mean": mean_of(sizes)}
+    made = rows(kept, columns, config.kl)
+    measured = measure(groups, scored, kept) | off_policy.measure(config.off_policy, made)
+    measured["advantage/abs_mean"] = mean_of(sizes)
     measured["group/zero_advantage_fraction"] = zero_groups(kept, sizes)
-    return TrainBatch(rows(kept, columns, kl), "rows", measured)
+    return TrainBatch(made, "rows", measured)
 
 
 def rows(episodes: Sequence[Episode], columns: Sequence[Mapping[str, Floats]], kl: KlConfig) -> tuple[Row, ...]:
@@ -145,25 +152,22 @@ def rows(episodes: Sequence[Episode], columns: Sequence[Mapping[str, Floats]], k
     return tuple(made)
 
 
-def loss(kl: KlConfig, ratio_cap: float, outputs: Outputs, batch: MicroBatch) -> LossSums:
+def loss(config: RlooConfig | ReinforceConfig, outputs: Outputs, batch: MicroBatch) -> LossSums:
     """-sum_i A_i sum_t m_t w_t l_t, plus beta times the KL when that is a loss; sums over the micro-batch.
 
-    The weight w is 1 when the rows have no old log-probs: fresh samples, one optimizer step. With old log-probs it is
-
-        w_t = sg[min(exp(l^old_t - l^b_t), cap)] sg[min(exp(l_t - l^old_t), cap)]
-
-    the staleness of the sample (and the engine's mismatch) times the drift within the step; where nothing is truncated,
-    the importance ratio pi / pi_b of the token.
+    w is the weight for the age of the sample times that for the policy's drift within the step (`off_policy`): 1 where
+    samples are fresh and trained in one optimizer step; where nothing is truncated, the ratio pi / pi_b of the token
+    (or of its completion).
     """
-    staleness, drift, truncated = importance(outputs.logprobs, batch, ratio_cap)
-    weights = staleness * drift
+    found = off_policy.weigh(config.off_policy, outputs.logprobs, batch)
+    weights = found.age * found.drift
     policy = policy_gradient(outputs.logprobs, batch.tokens[ADVANTAGES], batch.mask, weights)
     count, tokens = batch.weight.sum(), batch.mask.sum()
     means = {
         "loss/policy": (policy.detach(), count),
-        "clip/fraction": ((truncated & batch.mask).sum(), tokens),
+        "clip/fraction": ((found.truncated & batch.mask).sum(), tokens),
     }
-    price = kl_loss(kl, outputs, batch, weights, count)
+    price = kl_loss(config.kl, outputs, batch, weights, count)
     return LossSums(policy + price.loss, {**means, **price.means})
 
 
@@ -235,18 +239,6 @@ def token_column(where: str, sample: Sample, name: str) -> Floats:
     if name not in sample.tokens:
         raise ValueError(f"{where}: no column {name!r}, only {sorted(sample.tokens)}")
     return sample.tokens[name]
-
-
-def importance(logprobs: Tensor, batch: MicroBatch, cap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token's weight for the age of its sample, and for the policy's drift within the step, (B, T) both, without
-    gradient; and where one of them was truncated at cap, (B, T) bool."""
-    if OLD_LOGPROBS not in batch.tokens:
-        fresh = torch.ones_like(logprobs)
-        return fresh, fresh, torch.zeros_like(batch.mask)
-    old = batch.tokens[OLD_LOGPROBS]
-    staleness, far = truncated_ratio(old, batch.tokens[BEHAVIOR_LOGPROBS], cap)
-    drift, drifted = truncated_ratio(logprobs, old, cap)
-    return staleness, drift, far | drifted
 
 
 def zero_groups(episodes: Sequence[Episode], sizes: Sequence[float]) -> Metric:

@@ -28,7 +28,7 @@ def build(config: ReinforceConfig) -> Algorithm:
         needs=bandit.needed_columns(config.kl),
         initial_state={REWARD_SUM: 0.0, REWARD_COUNT: 0.0} if averaged else {},
         prepare=partial(prepare_averaged if averaged else prepare_stateless, config),
-        loss=partial(bandit.loss, config.kl, config.ratio_cap),
+        loss=partial(bandit.loss, config),
     )
 
 
@@ -41,9 +41,9 @@ def prepare_stateless(config: ReinforceConfig, groups: Sequence[Group], state: R
     scored = bandit.score(groups, config)
     rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
     if config.baseline == "none":
-        return bandit.train_batch(groups, scored, scored, rewards, config.kl), state
+        return bandit.train_batch(config, groups, scored, scored, rewards), state
     advantages = group_deviation(rewards, torch.zeros(len(rewards), dtype=torch.int64))
-    batch = bandit.train_batch(groups, scored, scored, advantages, config.kl)
+    batch = bandit.train_batch(config, groups, scored, scored, advantages)
     if scored:
         batch.metrics["reward/baseline"] = last(float(rewards.mean()))
     return batch, state
@@ -54,7 +54,7 @@ def prepare_averaged(config: ReinforceConfig, groups: Sequence[Group], state: Ru
     scored = bandit.score(groups, config)
     rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
     baseline = running_mean(state[REWARD_SUM], state[REWARD_COUNT])
-    batch = bandit.train_batch(groups, scored, scored, rewards - baseline, config.kl)
+    batch = bandit.train_batch(config, groups, scored, scored, rewards - baseline)
     batch.metrics["reward/baseline"] = last(baseline)
     later = {
         REWARD_SUM: state[REWARD_SUM] + float(rewards.sum()),

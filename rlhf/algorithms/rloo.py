@@ -25,7 +25,7 @@ def build(config: RlooConfig) -> Algorithm:
         needs=bandit.needed_columns(config.kl),
         initial_state={},
         prepare=partial(prepare, config),
-        loss=partial(bandit.loss, config.kl, config.ratio_cap),
+        loss=partial(bandit.loss, config),
     )
 
 
@@ -36,7 +36,7 @@ def prepare(config: RlooConfig, groups: Sequence[Group], state: RunState) -> tup
     kept = bandit.varied(scored, drop_equal_groups=config.drop_equal_groups)
     rewards = torch.tensor([episode.reward for episode in kept], dtype=torch.float64)
     prompts = torch.tensor([episode.prompt_id for episode in kept], dtype=torch.int64)
-    return bandit.train_batch(groups, scored, kept, advantages(rewards, prompts), config.kl), state
+    return bandit.train_batch(config, groups, scored, kept, advantages(rewards, prompts)), state
 
 
 def advantages(rewards: Tensor, prompts: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from rlhf.algorithms import (
     ActorCriticAlgorithm,
     Algorithm,
     ScoreAlgorithm,
+    adaptive_kl,
     dpo,
     grpo,
     online_dpo,
+    pairwise_ranker,
     ppo,
     raft,
     reinforce,
@@ -21,6 +23,7 @@ from rlhf.config import (
     DpoConfig,
     GrpoConfig,
     OnlineDpoConfig,
+    PairwiseRankerConfig,
     PpoConfig,
     RaftConfig,
     ReinforceConfig,
@@ -37,17 +40,17 @@ def build(config: AlgorithmConfig) -> Algorithm | ActorCriticAlgorithm | ScoreAl
     """The algorithm that `algorithm.name` of the run file stands for, with its settings."""
     match config:
         case RlooConfig():
-            return rloo.build(config)
+            return adaptive_kl.wrap(config, rloo.build)
         case ReinforceConfig():
-            return reinforce.build(config)
+            return adaptive_kl.wrap(config, reinforce.build)
         case GrpoConfig():
-            return grpo.build(config)
+            return adaptive_kl.wrap(config, grpo.build)
         case ReinforcePlusPlusConfig() | ReinforcePlusPlusBaselineConfig():
-            return reinforce_plus_plus.build(config)
+            return adaptive_kl.wrap(config, reinforce_plus_plus.build)
         case PpoConfig():
-            return ppo.build(config)
+            return adaptive_kl.wrap(config, ppo.build)
         case RaftConfig():
-            return raft.build(config)
+            return adaptive_kl.wrap(config, raft.build)
         case SftConfig():
             return sft.build(config)
         case DpoConfig():
@@ -56,5 +59,7 @@ def build(config: AlgorithmConfig) -> Algorithm | ActorCriticAlgorithm | ScoreAl
             return online_dpo.build(config)
         case RsoConfig():
             return rso.build(config)
+        case PairwiseRankerConfig():
+            return pairwise_ranker.build(config)
         case RewardModelConfig():
             return reward_model.build(config)

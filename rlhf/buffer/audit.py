@@ -35,12 +35,20 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """The prompts that one engine holds, and since when the oldest (seconds since 1970; a clock may have been set)."""
+
+    prompt_ids: tuple[int, ...]
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """Where a run stands, for `rlhf inspect`.
 
     drop_reasons and discard_reasons count prompts by reason, attempts counts prompts by their number of failed leases
-    (those with none are left out), owners counts leased prompts by who holds them, pinned holds what the run is tied
-    to.
+    (those with none are left out), leases are the prompts that are being generated, by who holds them, pinned holds
+    what the run is tied to.
     """
 
     counts: Counts
@@ -52,7 +60,7 @@ class Overview:
     drop_reasons: Mapping[str, int]
     discard_reasons: Mapping[str, int]
     attempts: Mapping[int, int]
-    owners: Mapping[str, int]
+    leases: Mapping[str, Holding]
     pinned: Mapping[str, str]
 
 
@@ -78,13 +86,18 @@ class ExperienceView:
                 drop_reasons=tally("reason", "prompts WHERE state = 'dropped'"),
                 discard_reasons=tally("reason", "discarded"),
                 attempts=tally("attempts", "prompts WHERE attempts > 0"),
-                owners=tally("owner", "prompts WHERE state = 'leased'"),
+                leases=_leases(connection),
                 pinned={
                     key.removeprefix("pinned: "): value
                     for key, value in read_meta(connection).items()
                     if key.startswith("pinned: ")
                 },
             )
+
+    def drop_reasons(self) -> dict[str, int]:
+        """Dropped prompts by reason."""
+        with self._reading() as connection:
+            return _tally(connection)("reason", "prompts WHERE state = 'dropped'")
 
     def counts(self) -> Counts:
         with self._reading() as connection:
@@ -262,6 +275,18 @@ def _columns(connection: sqlite3.Connection, path: Path, problems: list[str]) ->
 def _required(connection: sqlite3.Connection) -> frozenset[str]:
     names = read_meta(connection).get("pinned: required columns", "none")
     return frozenset() if names == "none" else frozenset(names.split(" "))
+
+
+def _leases(connection: sqlite3.Connection) -> dict[str, Holding]:
+    query = """SELECT owner, id, leased_at FROM prompts WHERE state = 'leased'
+               AND NOT EXISTS (SELECT 1 FROM groups WHERE prompt_id = id) ORDER BY owner, id"""
+    rows: dict[str, list[tuple[int, float]]] = {}
+    for owner, prompt_id, leased_at in connection.execute(query):
+        rows.setdefault(owner, []).append((prompt_id, leased_at))
+    return {
+        owner: Holding(tuple(prompt_id for prompt_id, _ in held), min(since for _, since in held))
+        for owner, held in rows.items()
+    }
 
 
 def _tally(connection: sqlite3.Connection) -> Callable[[str, str], dict[Any, int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf.buffer.schema import read_meta, write_meta
 from rlhf.errors import RunFailed
-from rlhf.interfaces import Counts
+from rlhf.interfaces import Counts, Lease
 
 STATES = ("pending", "leased", "complete", "trained", "dropped")
 
@@ -40,9 +40,11 @@ class CommittedStep:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one prompt is: its state, the failed attempts, whether its group is stored, and the step that took it."""
+    """Where one prompt is: its state, the ticket of its last lease, the failed attempts, whether its group is stored,
+    and the step that took it."""
 
     state: str
+    ticket: int
     attempts: int
     stored: bool
     step: int | None
@@ -50,7 +52,7 @@ class Place:
 
 def place(connection: sqlite3.Connection, path: Path, prompt_id: int) -> Place:
     """Raises RunFailed for a prompt that was never issued."""
-    query = """SELECT state, attempts, EXISTS (SELECT 1 FROM groups WHERE prompt_id = prompts.id),
+    query = """SELECT state, ticket, attempts, EXISTS (SELECT 1 FROM groups WHERE prompt_id = prompts.id),
                       (SELECT step FROM step_groups WHERE prompt_id = prompts.id)
                FROM prompts WHERE id = ?"""
     row = connection.execute(query, (prompt_id,)).fetchone()
@@ -59,26 +61,39 @@ def place(connection: sqlite3.Connection, path: Path, prompt_id: int) -> Place:
         raise RunFailed(
             f"{path}: prompt {prompt_id} was never leased; {issued} prompts have been issued, counting up from 0"
         )
-    return Place(row[0], row[1], bool(row[2]), row[3])
+    return Place(row[0], row[1], row[2], bool(row[3]), row[4])
 
 
-def lease(connection: sqlite3.Connection, count: int, owner: str, prompts_total: int | None) -> list[int]:
-    query = "SELECT id FROM prompts WHERE state = 'pending' ORDER BY id LIMIT ?"
-    again = [prompt_id for (prompt_id,) in connection.execute(query, (count,))]
+def lease(
+    connection: sqlite3.Connection, count: int, owner: str, request: int, prompts_total: int | None
+) -> list[Lease]:
+    """Leases the lowest pending prompts, then new ones; a prompt that a worker died of or with is leased alone."""
+    query = "SELECT id, attempts FROM prompts WHERE state = 'pending' ORDER BY id LIMIT ?"
+    pending = connection.execute(query, (count,)).fetchall()
+    suspect = next((place for place, (_, attempts) in enumerate(pending) if attempts), None)
+    taken = pending if suspect is None else pending[: max(1, suspect)]
+    ids = [prompt_id for prompt_id, _ in taken]
+    if suspect is None:
+        issued = int(read_meta(connection)["issued"])
+        end = issued + count - len(ids)
+        fresh = range(issued, end if prompts_total is None else max(issued, min(end, prompts_total)))
+        connection.executemany("INSERT INTO prompts VALUES (?, 'pending', NULL, 0, NULL, NULL, 0, NULL)", zip(fresh))
+        write_meta(connection, "issued", str(issued + len(fresh)))
+        ids += fresh
+    first = int(read_meta(connection)["ticket"]) + 1
+    write_meta(connection, "ticket", str(first + len(ids) - 1))
     now = time.time()
     connection.executemany(
-        "UPDATE prompts SET state = 'leased', owner = ?, leased_at = ? WHERE id = ?",
-        [(owner, now, prompt_id) for prompt_id in again],
+        "UPDATE prompts SET state = 'leased', owner = ?, ticket = ?, request = ?, leased_at = ? WHERE id = ?",
+        [(owner, ticket, request, now, prompt_id) for ticket, prompt_id in enumerate(ids, first)],
     )
-    issued = int(read_meta(connection)["issued"])
-    end = issued + count - len(again)
-    fresh = list(range(issued, end if prompts_total is None else max(issued, min(end, prompts_total))))
-    connection.executemany(
-        "INSERT INTO prompts VALUES (?, 'leased', ?, ?, 0, NULL)", [(prompt_id, owner, now) for prompt_id in fresh]
-    )
-    if fresh:
-        write_meta(connection, "issued", str(fresh[-1] + 1))
-    return again + fresh
+    return leases_of(connection, request)
+
+
+def leases_of(connection: sqlite3.Connection, request: int) -> list[Lease]:
+    """What a call of `lease` handed out, in the order of the tickets."""
+    query = "SELECT id, ticket, attempts FROM prompts WHERE request = ? ORDER BY ticket"
+    return [Lease(*row) for row in connection.execute(query, (request,))]
 
 
 def set_state(connection: sqlite3.Connection, prompt_id: int, state: str) -> None:
@@ -94,7 +109,10 @@ def set_dropped(connection: sqlite3.Connection, prompt_id: int, reason: str) -> 
 
 
 def return_leases(connection: sqlite3.Connection) -> None:
-    """The leases of a process that is gone: pending again unless the group is stored. No attempt is counted."""
+    """The leases of a process that is gone: pending again unless the group is stored. No attempt is counted.
+
+    Its requests are forgotten: those of the next process begin anew."""
+    connection.execute("UPDATE prompts SET request = NULL WHERE request IS NOT NULL")
     connection.execute(
         """UPDATE prompts SET state = 'pending', owner = NULL, leased_at = NULL
            WHERE state = 'leased' AND NOT EXISTS (SELECT 1 FROM groups WHERE prompt_id = prompts.id)"""

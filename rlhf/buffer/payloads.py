@@ -36,6 +36,13 @@ def insert_group(connection: sqlite3.Connection, group: Group) -> None:
     connection.execute("INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
+def holds_this_group(connection: sqlite3.Connection, group: Group) -> bool:
+    """Whether the stored group of this prompt is, byte for byte, this one."""
+    query = "SELECT checksum FROM groups WHERE prompt_id = ?"
+    (stored,) = connection.execute(query, (group.prompt.id,)).fetchone()
+    return bool(stored == checksum(group_address(group.prompt.id), encode_group(group)))
+
+
 def insert_columns(connection: sqlite3.Connection, columns: Columns, names: Iterable[str], *, by_learner: bool) -> None:
     for name in names:
         payload = encode_column(columns, name)

@@ -11,25 +11,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.chaos.points import point
 from rlhf.errors import BadInput, RunFailed
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 FILE_NAME = "experience.db"
 BUSY_TIMEOUT_S = 60.0
 
 # states: pending -> leased -> complete -> trained, or -> dropped. A complete prompt with a row in step_groups is taken.
-# meta.issued is the number of prompt ids ever issued, so that a row that vanished is noticed.
+# meta.issued is the number of prompt ids ever issued, so that a row that vanished is noticed; meta.ticket the last one.
+# request is the call that handed the lease out, so that the same call again finds it; leased_at is for people.
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE prompts (
     id INTEGER PRIMARY KEY,
     state TEXT NOT NULL CHECK (state IN ('pending', 'leased', 'complete', 'trained', 'dropped')),
     owner TEXT,
+    ticket INTEGER NOT NULL,
+    request INTEGER,
     leased_at REAL,
     attempts INTEGER NOT NULL,
     reason TEXT
 ) STRICT;
 CREATE INDEX prompts_by_state ON prompts (state, id);
+CREATE INDEX prompts_by_request ON prompts (request);
 CREATE TABLE groups (
     prompt_id INTEGER PRIMARY KEY REFERENCES prompts (id),
     policy_version INTEGER,
@@ -106,7 +111,7 @@ class Writer:
             if not tables:
                 for statement in TABLES.split(";"):
                     connection.execute(statement)
-                rows = [("schema", SCHEMA_VERSION), ("issued", "0"), ("opened", "0")]
+                rows = [("schema", SCHEMA_VERSION), ("issued", "0"), ("opened", "0"), ("ticket", "0")]
                 connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
             meta = read_meta(connection)
             if meta.get("schema") != SCHEMA_VERSION:
@@ -128,6 +133,8 @@ class Writer:
                     f"{self._number}): this process has lost the right to write and must end"
                 )
             yield connection
+            point("ledger: not committed")
+        point("ledger: committed")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -142,6 +149,13 @@ class Writer:
             try:
                 yield self._connection
                 self._connection.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                if type(error) is not sqlite3.DatabaseError:  # its subclasses are faults of a call, not of the file
+                    raise
+                raise DamagedExperience(
+                    f"{self.path}: SQLite finds it damaged: {error}. `rlhf verify` says where; restore the run "
+                    "directory from a copy"
+                ) from error
             finally:
                 if self._connection.in_transaction:
                     self._connection.rollback()

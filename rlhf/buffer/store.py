@@ -15,6 +15,7 @@ from rlhf.buffer.payloads import (
     carried_columns,
     carried_names,
     delete_group,
+    holds_this_group,
     insert_columns,
     insert_group,
     load_group,
@@ -23,9 +24,10 @@ from rlhf.buffer.payloads import (
     trained_groups,
 )
 from rlhf.buffer.schema import Writer, read_meta, write_meta
+from rlhf.chaos.points import point
 from rlhf.errors import BadInput, RunFailed
 from rlhf.experience import Columns, Group
-from rlhf.interfaces import Counts
+from rlhf.interfaces import Counts, Lease
 
 
 class ExperienceBuffer:
@@ -60,6 +62,12 @@ class ExperienceBuffer:
         with self._opened.moving() as connection:
             ledger.return_leases(connection)
 
+    def reopen(self) -> None:
+        """As `open`, for a process that takes the place of a dead one while the run goes on: its leases stay in force,
+        because the engines that hold them are alive, and its calls can be repeated."""
+        self.close()
+        self._opened = Writer(self.path)
+
     def close(self) -> None:
         if self._opened is not None:
             self._opened.close()
@@ -79,27 +87,38 @@ class ExperienceBuffer:
                     f"anew with --fresh"
                 )
 
-    def lease(self, count: int, owner: str) -> list[int]:
-        """Up to `count` prompt ids: pending ones, lowest first, then new ones counting up to prompts_total."""
-        with self._writer.moving() as connection:
-            return ledger.lease(connection, count, owner, self.prompts_total)
+    def lease(self, count: int, owner: str, request: int) -> list[Lease]:
+        """Up to `count` prompts: pending ones, lowest first, then new ones counting up to prompts_total.
 
-    def add_group(self, prompt_id: int, group: Group) -> bool:
+        A prompt with failed attempts is leased alone, so that a further death is its own. The same `request` again, by
+        a caller who lost the answer, gets the leases that it got. Tickets never repeat, not even in later processes.
+        """
+        with self._writer.moving() as connection:
+            leases = ledger.leases_of(connection, request)
+            leases = leases or ledger.lease(connection, count, owner, request, self.prompts_total)
+            point("lease: not committed")
+            return leases
+
+    def add_group(self, prompt_id: int, ticket: int, group: Group) -> bool:
         """Stores the samples of a leased prompt; complete at once when the group brings all required columns.
 
-        False, and nothing stored, for a late or second answer: the prompt has samples, or is not leased any more.
-        Raises BadInput when a column of the prompt's row cannot be stored, RunFailed when the group is that of
-        another prompt.
+        False, and nothing stored, for a late or second answer: the lease of this ticket has ended, or the prompt has
+        other samples. True for the same answer again, by a caller who lost the first reply. Raises BadInput when a
+        column of the prompt's row cannot be stored, RunFailed when the group is that of another prompt.
         """
         if group.prompt.id != prompt_id:
             raise RunFailed(f"{self.path}: the group of prompt {group.prompt.id} was handed in for prompt {prompt_id}")
         with self._writer.moving() as connection:
             now = ledger.place(connection, self.path, prompt_id)
-            if now.state != "leased" or now.stored:
+            if now.ticket != ticket or now.state not in ("leased", "complete"):
                 return False
+            if now.stored:
+                return holds_this_group(connection, group)
             insert_group(connection, group)
             self._complete_if_whole(connection, prompt_id)
-            return True
+            point("group: not committed", prompt_id)
+        point("group: stored", prompt_id)
+        return True
 
     def add_columns(self, prompt_id: int, columns: Columns) -> bool:
         """Stores the columns that the group lacks; those it has stay as they are. False when nothing new was stored.
@@ -121,24 +140,25 @@ class ExperienceBuffer:
             insert_columns(connection, columns, sorted(new), by_learner=False)
             if now.state == "leased":
                 self._complete_if_whole(connection, prompt_id)
+            point("columns: not committed", prompt_id)
             return True
 
-    def release(self, prompt_id: int, reason: str) -> bool:
-        """Counts a failed attempt at a leased prompt: pending again, or dropped at max_attempts. False once dropped.
+    def release(self, prompt_id: int, ticket: int, reason: str, *, counted: bool) -> bool:
+        """Ends a lease that came to nothing: pending again, or dropped at max_attempts. False once dropped.
 
-        A stored group is kept: then only the judging is tried again, and the prompt stays leased and in `unjudged`.
-        For a prompt that is not leased any more nothing happens.
+        `counted`: the prompt may be the cause, so it is an attempt. Nothing happens when the lease has ended already
+        or its group is stored.
         """
         with self._writer.moving() as connection:
             now = ledger.place(connection, self.path, prompt_id)
-            if now.state != "leased":
+            if now.state != "leased" or now.ticket != ticket or now.stored:
                 return now.state != "dropped"
-            ledger.count_attempt(connection, prompt_id, reason)
-            if now.attempts + 1 >= self.max_attempts:
-                ledger.set_dropped(connection, prompt_id, reason)
-                return False
-            if not now.stored:
-                ledger.set_state(connection, prompt_id, "pending")
+            if counted:
+                ledger.count_attempt(connection, prompt_id, reason)
+                if now.attempts + 1 >= self.max_attempts:
+                    ledger.set_dropped(connection, prompt_id, reason)
+                    return False
+            ledger.set_state(connection, prompt_id, "pending")
             return True
 
     def drop(self, prompt_id: int, reason: str) -> None:
@@ -194,7 +214,10 @@ class ExperienceBuffer:
                         f"until `ready` says so"
                     )
                 ledger.assign(connection, step, ids)
-            return step_groups(connection, self.path, step)
+                point("take: not committed")
+            groups = step_groups(connection, self.path, step)
+        point("take: durable")
+        return groups
 
     def assigned(self, step: int) -> bool:
         with self._writer.reading() as connection:
@@ -210,6 +233,7 @@ class ExperienceBuffer:
         that are not the step's.
         """
         ids = [group.prompt.id for group in groups]
+        point("commit: begun")
         with self._writer.moving() as connection:
             state = ledger.step_state(connection, step)
             expected = ledger.step_prompts(connection, step)
@@ -224,6 +248,8 @@ class ExperienceBuffer:
                 new = carried_names(group) - stored_names(connection, group.prompt.id)
                 insert_columns(connection, carried_columns(group, new), sorted(new), by_learner=True)
             ledger.set_trained(connection, step, version, fingerprint, metrics)
+            point("commit: not committed")
+        point("commit: durable")
 
     def last_committed(self) -> int | None:
         with self._writer.reading() as connection:

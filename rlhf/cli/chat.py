@@ -27,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments.model)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from rlhf.models.load import language_model
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = language_model(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     model.train(False)
     torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -70,7 +72,8 @@ def reply(
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, top_p=None, top_k=None, **sampling
         )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    said = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
 def _folder(name: str) -> Path:

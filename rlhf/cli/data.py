@@ -1,4 +1,4 @@
-"""`rlhf data`: what a data set holds, and a split of it in which no prompt stands on both sides."""
+"""`rlhf data`: what a data set holds, a split of it in which no prompt stands on both sides, and pairs made anew."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.cli import data_pairs
 from rlhf.cli.exit_codes import DONE
 from rlhf.config import DataConfig
 from rlhf.data.examples import Example, Format, fitting_formats, sort_out
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="format, rows, lengths, duplicates, shared prompts, rows that teach nothing")
     split = actions.add_parser("split", help="two files, with all rows of a prompt in one of them")
+    made = actions.add_parser("pairs", help="preference pairs: a policy answers, a judge scores, answers are compared")
+    data_pairs.add_arguments(made)
     for action in (show, split):
         action.add_argument("path", metavar="PATH", help="file, folder, saved data set or hub name")
         action.add_argument("--split", default="train", metavar="NAME", help="split of a hub or saved data set")
@@ -42,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.action == "pairs":
+        return data_pairs.run(arguments)
     config = DataConfig(
         path=arguments.path,
         split=arguments.split,

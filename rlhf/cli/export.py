@@ -3,31 +3,76 @@
 import argparse
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf import checkpoint
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.run_directory import read_config
+from rlhf.config import RunConfig
 from rlhf.errors import BadInput
+from rlhf.evaluation import heldout
+from rlhf.observers import EVALUATIONS_FILE, read_jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--what", choices=("policy", "experience"), default="policy", help="default: policy")
+    parser.add_argument(
+        "--checkpoint",
+        type=_choice,
+        metavar="WHICH",
+        help="which policy: latest (default), best (by loop.keep_best), or the number of updates before it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    read_config(arguments.run_dir)
+    config = read_config(arguments.run_dir)
     if arguments.what == "policy":
-        source = export_policy(arguments.run_dir, arguments.to)
+        source = export_policy(policy_of(arguments.run_dir, config, arguments.checkpoint or "latest"), arguments.to)
         print(f"{arguments.to}: the policy of {source.parent.name}; loads with from_pretrained and in vLLM")
-    else:
-        from rlhf.buffer.export import export_experience
+        return DONE
+    if arguments.checkpoint is not None:
+        raise BadInput("--checkpoint: chooses a policy; with --what experience all samples are written. Leave it out")
+    from rlhf.buffer.export import export_experience
 
-        count = export_experience(arguments.run_dir, arguments.to)
-        print(f"{arguments.to}: {count} samples; loads with datasets.load_dataset")
+    count = export_experience(arguments.run_dir, arguments.to)
+    print(f"{arguments.to}: {count} samples; loads with datasets.load_dataset")
     return DONE
+
+
+def policy_of(run_dir: Path, config: RunConfig, which: int | str) -> Path:
+    """The policy folder of a checkpoint: `latest`, `best`, or by its updates. Raises BadInput when there is none, or
+    when the one that was asked for is not whole, with what was refused."""
+    if which == "latest":
+        return newest_policy(run_dir)
+    there = checkpoint.committed(run_dir)
+    updates = _best(run_dir, config, there) if which == "best" else int(which)
+    folder = run_dir / checkpoint.FOLDER / f"step-{updates:06d}"
+    if not folder.is_dir():
+        raise BadInput(f"--checkpoint {which}: {run_dir} has the checkpoints {there}")
+    if faults := checkpoint.problems(folder):
+        raise BadInput(f"--checkpoint {which}: {folder.name} is not used: {faults[0]}. Others are {there}")
+    return folder / "policy"
+
+
+def _best(run_dir: Path, config: RunConfig, among: Sequence[int]) -> int:
+    measure = config.loop.keep_best
+    if measure is None:
+        raise BadInput("--checkpoint best: loop.keep_best is not set, so none was kept as the best; expected a number")
+    updates = heldout.best(read_jsonl(run_dir / EVALUATIONS_FILE), measure, among)
+    if updates is None:
+        raise BadInput(f"--checkpoint best: none of the checkpoints {list(among)} was evaluated")
+    return updates
+
+
+def _choice(text: str) -> int | str:
+    if text in ("latest", "best"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"'{text}': expected latest, best or a number of updates")
 
 
 def newest_policy(run_dir: Path) -> Path:
@@ -39,9 +84,8 @@ def newest_policy(run_dir: Path) -> Path:
     return newest.folder / "policy"
 
 
-def export_policy(run_dir: Path, to: Path) -> Path:
-    """Copies the newest policy; the folder appears whole or not at all. Returns what was copied."""
-    source = newest_policy(run_dir)
+def export_policy(source: Path, to: Path) -> Path:
+    """Copies a policy; the folder appears whole or not at all. Returns what was copied."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInput(f"--to {to}: exists already; expected a new or empty folder")
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import checkpoint
+from rlhf import checkpoint, watchdog
 from rlhf.buffer.audit import ExperienceView, Overview
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.exit_codes import DONE
@@ -15,6 +15,7 @@ from rlhf.cli.run_directory import read_config
 from rlhf.evaluation.heldout import HeldoutMeasures
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, duration, read_jsonl, summary
 from rlhf.ui.report import DATA_FILE
+from rlhf.workers import held
 
 RECENT_STEPS = 10
 
@@ -48,6 +49,7 @@ def standing(run_dir: Path) -> dict[str, Any]:
         "checkpoints_refused": [f"{entry.folder}: {entry.reason}" for entry in rejected],
         "seconds_a_step": sum(recent) / len(recent) if recent else None,
         "idle_s": _idle(run_dir),
+        "status": _status(run_dir),
         "last_metrics": metrics[-1] if metrics else None,
         "data": _data(run_dir),
         "evaluations": [
@@ -55,6 +57,22 @@ def standing(run_dir: Path) -> dict[str, Any]:
             for row in read_jsonl(run_dir / EVALUATIONS_FILE)
         ],
     }
+
+
+def _status(run_dir: Path) -> dict[str, Any] | None:
+    """What the run is at, and whether its process is alive (None: on another machine); None when it has ended."""
+    status = watchdog.read(run_dir)
+    return None if status is None else {**asdict(status), "alive": status.alive()}
+
+
+def _status_in_words(state: dict[str, Any]) -> str:
+    told = dict(state)
+    alive = told.pop("alive")
+    now = watchdog.in_words(watchdog.Status(**told))
+    where = f"process {told['pid']} on {told['host']}"
+    if alive is False:
+        return f"not running: {where} ended without a word; it was at: {now}"
+    return f"now: {now} ({where})" + (", without progress" if told["stalled"] else "")
 
 
 def _overview(run_dir: Path) -> dict[str, Any] | None:
@@ -88,6 +106,8 @@ def _in_words(state: dict[str, Any]) -> str:
         lines.append(f"{state['seconds_a_step']:.1f} s a step lately, {duration(left)} left at this pace")
     if state["idle_s"] is not None:
         lines.append(f"last step written {duration(state['idle_s'])} ago")
+    if state["status"]:
+        lines.append(_status_in_words(state["status"]))
     if state["last_metrics"]:
         lines.append(f"last step: {summary(state['last_metrics'])}")
     lines += _experience_in_words(state["experience"])
@@ -111,7 +131,10 @@ def _experience_in_words(overview: dict[str, Any] | None) -> list[str]:
     if overview["last_version"] is not None:
         lines.append(f"policy version {overview['last_version']} (fingerprint {overview['last_fingerprint']})")
     lines += [f"step {step} is taken and not yet trained" for step in overview["steps_taken"]]
-    lines += [f"{owner} holds {count} prompts" for owner, count in overview["owners"].items()]
+    lines += [
+        held(owner, lease["prompt_ids"], None, max(0.0, time.time() - lease["since"]))
+        for owner, lease in overview["leases"].items()
+    ]
     lines += [f"{count} prompts dropped: {reason}" for reason, count in overview["drop_reasons"].items()]
     lines += [f"{count} groups discarded: {reason}" for reason, count in overview["discard_reasons"].items()]
     return lines

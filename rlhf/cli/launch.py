@@ -4,32 +4,58 @@ The outermost layer, and the only place that imports `actors`. Everything before
 input) is in `rlhf/cli/run.py`."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rlhf import checkpoint, metrics
 from rlhf.blueprint import draw, evaluation_sampling
+from rlhf.buffer.schema import FILE_NAME, DamagedExperience
+from rlhf.buffer.snapshot import moment_of
+from rlhf.chaos.points import point
+from rlhf.cli.run_directory import CONFIG_FILE
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
-from rlhf.errors import ActorDied, RunFailed
+from rlhf.errors import ActorDied, BadInput, RunFailed, TrainerDied
 from rlhf.evaluation import heldout
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
-from rlhf.observers import EVALUATIONS_FILE, Observer, Outcome, append_durably, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, Observer, Outcome, append_durably, read_jsonl
 from rlhf.sources import Interrupted, PolicySource
-from rlhf.team import Order, Prompts
+from rlhf.storage import Archive, Storage
+from rlhf.team import Order, Part, Prompts
+from rlhf.watchdog import Watchdog
 
 # Mean |log-prob difference| a token, in nats, above which a step is reported. Seen: 1e-5 in float32, 0.01 in bfloat16.
 MISMATCH_ALARM = {"float32": 1e-4, "bfloat16": 0.1}
 
+# The phases of a step by the names that the loop gives them.
+PHASES = {
+    "wait": "waiting for groups",
+    "annotate": "annotating",
+    "update": "training",
+    "sync": "publishing, committing, bringing the engines to the new weights",
+}
+
+# What the death of an actor leads to, by the part that is built again: the metric that counts it and what is said.
+FAULTS: dict[Part, str] = {"team": "restarts", "trainer": "trainer_restarts", "buffer": "buffer_restarts"}
+CONSEQUENCES: dict[Part, str] = {
+    "team": "The team is built again; nothing that was stored is generated again",
+    "trainer": "The trainer alone is built again; steps since its checkpoint are trained again from the buffer",
+    "buffer": "Another buffer actor opens the same file, and the call is made again",
+}
+
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM; the run then stops at the next safe point. The second SIGINT is immediate."""
+    """Set by the first SIGINT or SIGTERM; the run then stops at the next safe point. Immediate are the second SIGINT,
+    and any of them while a team is set up and there is nothing to save."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.setting_up = True
 
     def __call__(self) -> bool:
         return self.asked
@@ -37,9 +63,10 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
+            again = self.asked and number == signal.SIGINT
             self.asked = True
+            if again or self.setting_up:
+                raise KeyboardInterrupt
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -50,25 +77,31 @@ class StopRequest:
 
 
 class Restarts:
-    """How often the team was built again because an actor died. `limit` bounds those in a row without a new step."""
+    """How often a part of the team, or all of it, was built again because an actor died. `limit` bounds those in a row
+    without a new step."""
 
-    def __init__(self, limit: int) -> None:
-        self.total = 0
-        self._limit, self._in_a_row, self._furthest = limit, 0, -1
+    def __init__(self, limit: int, note: Callable[[str], None]) -> None:
+        self._total: dict[Part, int] = dict.fromkeys(CONSEQUENCES, 0)
+        self._note, self._limit, self._in_a_row, self._furthest = note, limit, 0, -1
+
+    def read(self) -> dict[str, float]:
+        """faults/* of the parts."""
+        return {f"faults/{name}": self._total[part] for part, name in FAULTS.items()}
 
     def step_done(self, step: int) -> None:
         """A step that was done before and is replayed is no progress."""
         if step > self._furthest:
             self._furthest, self._in_a_row = step, 0
 
-    def count(self, died: ActorDied) -> None:
-        """Raises RunFailed when there were too many."""
-        self.total += 1
+    def count(self, part: Part, died: ActorDied) -> None:
+        """Says what follows. Raises RunFailed when there were too many."""
+        self._total[part] += 1
         self._in_a_row += 1
         if self._in_a_row > self._limit:
             raise RunFailed(
                 f"an actor died {self._in_a_row} times in a row without a new step; the last: {died}"
             ) from died
+        self._note(f"{died}. {CONSEQUENCES[part]}")
 
 
 class Record:
@@ -83,25 +116,36 @@ class Record:
         prompts: Prompts,
         observer: Observer,
         restarts: Restarts,
+        watchdog: Watchdog,
+        archive: Archive | None,
     ) -> None:
+        self._watchdog = watchdog
         self._config, self._run_dir, self._team, self._source = config, run_dir, team, source
+        self._archive = archive
         self._heldout, self._observer, self._restarts = prompts.heldout_prompts(), observer, restarts
         self._evaluations = run_dir / EVALUATIONS_FILE
         self._saved_at: int | None = None
 
+    def step_at(self, step: int, phase: str) -> None:
+        self._watchdog.enter(f"step {step + 1}: {PHASES.get(phase, phase)}")
+
     def step_done(self, step: int, measured: Metrics) -> None:
         values = metrics.values(measured)
-        told = {"step": step, "policy_version": step + 1, "faults/restarts": self._restarts.total, **values}
+        told = {"step": step, "policy_version": step + 1, **self._restarts.read(), **values}
+        if self._archive is not None:
+            told["faults/uploads"] = self._archive.failed
         self._observer.step(step, told)
         self._restarts.step_done(step)
         self._watch_mismatch(step, values.get("mismatch/logprob_abs_mean", 0.0))
+        if self._archive is not None:
+            self._archive.step_done(step + 1)
 
     def _watch_mismatch(self, step: int, gap: float) -> None:
         """Says so when trainer and rollout engine disagree, and ends the run where the run file asks for that."""
         generation = self._config.generation
         if generation is None:
             return
-        alarm = generation.mismatch_alarm or MISMATCH_ALARM[self._config.learner.dtype]
+        alarm = generation.mismatch_alarm or MISMATCH_ALARM[generation.dtype or self._config.learner.dtype]
         found = f"step {step}: trainer and rollout engine differ by {gap:.3g} nats a token on average"
         if generation.mismatch_stop is not None and gap > generation.mismatch_stop:
             raise RunFailed(f"{found}, generation.mismatch_stop is {generation.mismatch_stop:g}")
@@ -113,8 +157,11 @@ class Record:
         due = updates in (0, loop.num_steps) or (loop.eval_every and updates % loop.eval_every == 0)
         if not due or not self._heldout or any(row["step"] == updates for row in read_jsonl(self._evaluations)):
             return
+        self._watchdog.enter(f"evaluating after {updates} steps")
         report = self._evaluation(updates)
+        point("evaluation: measured")
         append_durably(self._evaluations, report.to_json())
+        point("evaluation: appended")
         self._observer.evaluated(updates, report)
 
     def _evaluation(self, updates: int) -> heldout.Evaluation:
@@ -135,9 +182,20 @@ class Record:
         """Writes a checkpoint of now, unless there is one; then the old ones make way."""
         if self._saved_at == updates:
             return
+        self._watchdog.enter(f"saving a checkpoint after {updates} steps")
         checkpoint.write(self._run_dir, updates, {"seed": self._config.seed}, self._team.learner.save)
-        checkpoint.prune(self._run_dir, self._config.loop.keep_checkpoints)
+        checkpoint.prune(self._run_dir, self._config.loop.keep_checkpoints, self._best())
         self._saved_at = updates
+        if self._archive is not None:
+            self._archive.checkpoint_saved()
+
+    def _best(self) -> list[int]:
+        """The best checkpoint so far, where one is to be kept for that."""
+        measure = self._config.loop.keep_best
+        if measure is None:
+            return []
+        best = heldout.best(read_jsonl(self._evaluations), measure, checkpoint.committed(self._run_dir))
+        return [] if best is None else [best]
 
 
 def run(
@@ -145,51 +203,114 @@ def run(
 ) -> Outcome:
     """Trains to the end, or until it is asked to stop; the run directory then holds everything to go on.
 
-    When an actor dies the team is built again: it goes on from the last checkpoint, and trains the steps since then
-    from the buffer. Raises what the parts raise (rlhf.errors).
+    When a trainer rank dies, the trainer is built again (`_train`). When that is not enough the whole team is: it goes
+    on from the last checkpoint, and trains the steps since then from the buffer. Raises what the parts raise
+    (rlhf.errors).
     """
-    stop, restarts = StopRequest(), Restarts(config.loop.max_restarts)
-    while True:
-        try:
-            return _attempt(config, cluster, run_dir, prompts, observer, stop, restarts, in_process=in_process)
-        except ActorDied as died:
-            if stop():
-                return "interrupted"
-            restarts.count(died)
-            observer.note(f"{died}. The team is built again; nothing that was stored is generated again")
+    stop, restarts = StopRequest(), Restarts(config.loop.max_restarts, observer.note)
+    watchdog = Watchdog(run_dir, config.loop.wait_timeout_s, observer.note)
+    archive = _archive(cluster, run_dir.absolute(), observer)
+    job = _Job(config, cluster, run_dir.absolute(), prompts, in_process, observer, stop, restarts, watchdog, archive)
+    with stop.listening(), watchdog:
+        while True:
+            try:
+                return _attempt(job)
+            except ActorDied as died:
+                if stop():
+                    return "interrupted"
+                restarts.count("team", died)
+            except DamagedExperience as damaged:
+                if archive is None:
+                    raise
+                raise DamagedExperience(f"{damaged}. Next: {archive.remedy}") from damaged
 
 
-def _attempt(
-    config: RunConfig,
-    cluster: Cluster,
-    run_dir: Path,
-    prompts: Prompts,
-    observer: Observer,
-    stop: StopRequest,
-    restarts: Restarts,
-    *,
-    in_process: bool,
-) -> Outcome:
+def gather(order: Order, stop: StopRequest, *, in_process: bool) -> None:
+    """Fills the buffer with the judged groups of all steps, sampled from the policy as it is; trains nothing."""
+    with stop.listening(), _built(order, in_process) as (team, source):
+        stop.setting_up = False
+        source.sync(team.learner.publish())
+        for step in range(order.blueprint.demand.num_steps):
+            source.take(step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all attempts at one run have in common."""
+
+    config: RunConfig
+    cluster: Cluster
+    run_dir: Path
+    prompts: Prompts
+    in_process: bool
+    observer: Observer
+    stop: StopRequest
+    restarts: Restarts
+    watchdog: Watchdog
+    archive: Archive | None
+
+
+def _attempt(job: _Job) -> Outcome:
     """One team, from where the run directory stands to the end of the run, unless an actor dies before."""
-    start = _where_to_start(run_dir, observer)
-    first = start.updates if start else 0
-    folder = start.folder if start else None
-    if first >= config.loop.num_steps and not _misses_evaluation(config, run_dir, prompts):
-        observer.note(f"all {config.loop.num_steps} steps are done")
+    config, run_dir = job.config, job.run_dir
+    start = _where_to_start(job)
+    if start.updates >= config.loop.num_steps and not _misses_evaluation(config, run_dir, job.prompts):
+        job.observer.note(f"all {config.loop.num_steps} steps are done")
+        if job.archive is not None:
+            job.archive.finish()
         return "done"
-    order = Order(draw(config), cluster, run_dir.absolute(), prompts, folder, first, stop, observer.note)
-    # Ray puts its own handlers in place when it starts, so ours go on top of them.
-    with _team(order, in_process) as (team, source), stop.listening():
-        observer.started(config, first, config.loop.num_steps)
-        record = Record(config, run_dir, team, source, prompts, observer, restarts)
+    order = Order(
+        draw(config),
+        job.cluster,
+        run_dir,
+        job.prompts,
+        start.folder,
+        start.updates,
+        job.stop,
+        job.observer.note,
+        job.restarts.count,
+    )
+    job.stop.setting_up = True
+    job.watchdog.enter("setting up the team")
+    with _team(order, job) as (team, source):
+        job.stop.setting_up = False
+        job.watchdog.follows(lambda: source.last_progress)
         try:
-            updates = train(team, config.loop, record, stop)
+            updates = _train(job, team, source, start)
         except Interrupted:
             updates = team.learner.version
         if updates < config.loop.num_steps:
-            record.save(updates)
-            return "interrupted"
-    return "done"
+            _record(job, team, source).save(updates)
+        job.watchdog.enter("dismissing the team")
+    if job.archive is not None:
+        job.archive.finish()
+    return "done" if updates == config.loop.num_steps else "interrupted"
+
+
+def _train(job: _Job, team: Team, source: PolicySource, start: "Start") -> int:
+    """The loop. When a rank of the trainer dies, the trainer alone goes back to its checkpoint: the steps since then
+    come out of the buffer again, while engines and judges keep what they hold and take the weights that it publishes.
+
+    Raises ActorDied when another actor dies, or a rank again before the trainer stands.
+    """
+    while True:
+        job.observer.started(job.config, start.updates, job.config.loop.num_steps)
+        try:
+            return train(team, job.config.loop, _record(job, team, source), job.stop)
+        except TrainerDied as died:
+            if job.stop():
+                raise
+            job.restarts.count("trainer", died)
+            job.watchdog.enter("building the trainer again")
+            start = _where_to_start(job)
+            team.learner.load(start.folder)
+            team.buffer.rewind(start.updates)
+
+
+def _record(job: _Job, team: Team, source: PolicySource) -> Record:
+    return Record(
+        job.config, job.run_dir, team, source, job.prompts, job.observer, job.restarts, job.watchdog, job.archive
+    )
 
 
 def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: Prompts) -> bool:
@@ -198,17 +319,59 @@ def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: Prompts) -> bo
     return bool(prompts.heldout_prompts()) and config.loop.num_steps not in recorded
 
 
-def _where_to_start(run_dir: Path, observer: Observer) -> checkpoint.Checkpoint | None:
-    newest, rejected = checkpoint.newest(run_dir)
+def _archive(cluster: Cluster, run_dir: Path, observer: Observer) -> Archive | None:
+    """What keeps the address of the cluster file in step with the run directory; None where it names none."""
+    place = cluster.storage
+    if place.address is None:
+        return None
+    logs = (CONFIG_FILE, METRICS_FILE, EVALUATIONS_FILE)
+    return Archive(Storage(place.address), run_dir, place.buffer_every, logs, observer.note)
+
+
+class Start(NamedTuple):
+    """Where the run directory stands: the updates so far and the checkpoint of then, None at the very start."""
+
+    updates: int
+    folder: Path | None
+
+
+def _where_to_start(job: _Job) -> Start:
+    """The newest whole checkpoint; a damaged newer one is replaced by its stored copy, where there is a whole one."""
+    newest, rejected = checkpoint.newest(job.run_dir)
     for refused in rejected:
-        observer.note(f"checkpoint {refused.folder.name} is not used: {refused.reason}")
-    if newest:
-        observer.note(f"goes on from {newest.folder}")
-    return newest
+        job.observer.note(f"checkpoint {refused.folder.name} is not used: {refused.reason}")
+        if job.archive is not None and job.archive.mend(refused):
+            job.observer.note(f"{refused.folder.name} is restored from {job.archive.address}")
+            newest, _ = checkpoint.newest(job.run_dir)
+            break
+    if newest is None:
+        return Start(0, None)
+    _check_ledger(newest, job.run_dir / FILE_NAME, job.archive)
+    job.observer.note(f"goes on from {newest.folder}")
+    return Start(newest.updates, newest.folder)
+
+
+def _check_ledger(start: checkpoint.Checkpoint, path: Path, archive: Archive | None) -> None:
+    """Raises BadInput where the ledger lacks steps of the checkpoint: their prompts would be trained again."""
+    committed = moment_of(path).updates if path.exists() else 0
+    if committed < start.updates:
+        found = f"knows {committed} steps" if path.exists() else "is missing"
+        remedy = "restore the run directory from a copy" if archive is None else archive.remedy
+        raise BadInput(f"{path}: {found}, but {start.folder.name} was written after {start.updates}. Next: {remedy}")
 
 
 @contextmanager
-def _team(order: Order, in_process: bool) -> Iterator[tuple[Team, PolicySource]]:
+def _team(order: Order, job: _Job) -> Iterator[tuple[Team, PolicySource]]:
+    if not job.in_process:
+        from actors import waiting
+
+        job.watchdog.asks(waiting.current)
+    with _built(order, job.in_process) as built:
+        yield built
+
+
+@contextmanager
+def _built(order: Order, in_process: bool) -> Iterator[tuple[Team, PolicySource]]:
     """Ray is imported only when it is used: a run in one process needs none."""
     if in_process:
         from rlhf.local import local_team

@@ -17,7 +17,8 @@ COMMANDS = {
     "verify": "check every checksum and ledger invariant of a run",
     "replay": "train a step again from the buffer and compare it with the record",
     "export": "write the policy as a model folder, or the experience as a data set",
-    "data": "show what a data set holds, or split it by prompt",
+    "data": "show what a data set holds, split it by prompt, or make preference pairs",
+    "submit": "ship a run to the job server of a cluster and follow it",
     "chat": "talk to a model or to the policy of a run",
     "doctor": "check the installation and this machine",
 }

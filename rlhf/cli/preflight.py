@@ -5,48 +5,86 @@ tokenizer, so the model is fetched or built first. Both raise BadInput."""
 
 import importlib.util
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 from rlhf.cluster import Cluster
-from rlhf.config import RunConfig
+from rlhf.config import DataConfig, PpoConfig, RewardConfig, RunConfig
 from rlhf.data.conversations import content_of
 from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
+from rlhf.judges.post import read_token
 from rlhf.judges.reward_function import check_reward_function
-from rlhf.models.resolve import check_model, resolve
+from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
 from rlhf.models.score_head import check_reward_model
+from rlhf.storage import Storage
 
 if TYPE_CHECKING:
     from rlhf.team import Prompts
+
+CRITIC_INIT = "algorithm.critic.init"
 
 
 def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
+    _check_kernels(config, cluster)
     _check_cluster(config, cluster)
+    if cluster.storage.address is not None:
+        Storage(cluster.storage.address)  # refuses what it cannot open
     records = load_rows(config.data)
     if config.records == "prompts":
         for record in records:
             content_of(record, config.data.prompt_column)
     else:
         read_examples(records, config.data, config.records)
-    reward = config.reward
-    if reward is not None and reward.function is not None:
-        check_reward_function(reward.function)
-    if reward is not None and reward.model is not None:
-        check_reward_model(reward.model, fetch=False)
+    if config.mix is not None and config.mixed_records is not None:
+        read_examples(load_rows(config.mix.data), config.mix.data, config.mixed_records)
+    if config.reward is not None:
+        check_reward(config.reward)
+    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
+        check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=False)
     check_model(config.model.name)
+    if is_encoder_decoder(config.model.name):
+        _check_encoder_decoder(config)
+
+
+def check_reward(reward: RewardConfig) -> None:
+    """Functions, the config of reward models, tokens of servers, and the rows of the reference answers."""
+    for key, source in reward.sources().items():
+        if source.function is not None:
+            check_reward_function(source.function, f"{key}.function")
+        if source.model is not None:
+            check_reward_model(source.model, f"{key}.model", fetch=False)
+        if source.ranker is not None:
+            check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=False)
+        read_token(source.token_env, f"{key}.token_env")
+    if reward.reference is not None:
+        data = DataConfig(**reward.reference.model_dump(), format="prompt_completion", bad_rows="drop")
+        try:
+            read_examples(load_rows(data), data, "demonstrations")
+        except BadInput as error:
+            raise BadInput(f"reward.reference: {error}") from error
 
 
 def check_prompts(config: RunConfig) -> "Prompts":
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts, or
     the preferences or demonstrations."""
-    if config.reward is not None and config.reward.model is not None:
-        check_reward_model(config.reward.model, fetch=True)
-    if config.records == "prompts":
-        prompts: Prompts = PromptSet.load(config)
+    for key, source in config.reward.sources().items() if config.reward is not None else ():
+        if source.model is not None:
+            check_reward_model(source.model, f"{key}.model", fetch=True)
+        if source.ranker is not None:
+            check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=True)
+    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
+        check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=True)
+    if config.mix is not None:
+        from rlhf.data.mixed import MixedSet
+
+        prompts: Prompts = MixedSet.load(config)
+    elif config.records == "prompts":
+        prompts = PromptSet.load(config)
     else:
         from rlhf.data.offline import OfflineSet
 
@@ -65,6 +103,49 @@ def _check_engines(config: RunConfig) -> None:
             raise BadInput(
                 f"{key}={engine}: the package {engine} is not installed. Next: make install, or {key}={other}"
             )
+
+
+def _check_kernels(config: RunConfig, cluster: Cluster) -> None:
+    """What some settings need and the lock does not have: packages, a GPU."""
+    lora = config.model.lora
+    if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise BadInput(
+            "model.attention=flash_attention_2: the package flash_attn, which needs an NVIDIA GPU, is not installed. "
+            "Next: install it, or model.attention=sdpa"
+        )
+    if lora is not None and lora.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise BadInput(
+            "model.lora.base=nf4: the package bitsandbytes, which holds the base in 4 bits, is not installed. "
+            "Next: pip install bitsandbytes, or model.lora.base=plain"
+        )
+    if lora is not None and lora.base == "nf4" and not cluster.trainer.gpus and shutil.which("nvidia-smi") is None:
+        raise BadInput(
+            "model.lora.base=nf4 needs an NVIDIA GPU: this machine has none (no nvidia-smi), and the cluster file "
+            "gives the trainer none (trainer.gpus=0). Expected a cluster file with GPUs, or model.lora.base=plain"
+        )
+
+
+def _check_encoder_decoder(config: RunConfig) -> None:
+    name = config.model.name
+    if config.generation is not None and config.generation.engine == "vllm":
+        raise BadInput(
+            f"generation.engine=vllm: {name} is an encoder-decoder, which vLLM cannot sample; expected transformers"
+        )
+    if config.learner.packing:
+        raise BadInput(
+            f"learner.packing: {name} is an encoder-decoder, whose encoder would see all packed prompts at once; "
+            "expected false"
+        )
+    if config.algorithm.name == "ppo":
+        raise BadInput(
+            f"algorithm.name=ppo: {name} is an encoder-decoder; the critic would have read the answer in its encoder "
+            "before it says what to expect. Expected rloo, or another algorithm without a critic"
+        )
+    if config.algorithm.name == "pairwise_ranker":
+        raise BadInput(
+            f"algorithm.name=pairwise_ranker: {name} is an encoder-decoder, and rankers read prompt and answers as one "
+            "text; expected a decoder-only model"
+        )
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster) -> None:

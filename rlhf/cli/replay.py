@@ -107,9 +107,8 @@ def _learner(run_dir: Path, config: RunConfig, cluster: Cluster, step: int) -> t
     rank = PolicyLearner(config, draw(config).algorithm, 0, 1, None)
     rank.setup()
     learner = LocalLearner(rank)
-    folders = sorted((run_dir / checkpoint.FOLDER).glob("step-*"), reverse=True)
-    whole = (folder for folder in folders if not checkpoint.problems(folder))
-    start = next((folder for folder in whole if int(folder.name.removeprefix("step-")) <= step), None)
+    early = [folder for folder in checkpoint.folders(run_dir) if checkpoint.updates_of(folder.name) <= step]
+    start = next((folder for folder in reversed(early) if not checkpoint.problems(folder)), None)
     if start is not None:
         learner.load(start)
     return learner, learner.version

@@ -1,22 +1,28 @@
 """`rlhf run`: reads the files, finds bad input, settles the run directory, and starts the run."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rlhf.chaos.points import point
+from rlhf.chaos.start import check_chaos, faults_on_purpose
 from rlhf.cli.before_after import before_and_after
+from rlhf.cli.disk import names_a_full_disk
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
 from rlhf.cli.progress import RichProgress
 from rlhf.cli.run_directory import check_directory, held, settle
-from rlhf.cluster import Cluster
+from rlhf.cluster import Cluster, this_machine
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
+from rlhf.errors import BadInput
 from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer
+from rlhf.storage import BUFFER, Storage, restore
 from rlhf.ui.report import write_data, write_report
 
 if TYPE_CHECKING:
@@ -32,28 +38,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="move an old run out of the way instead of going on with it"
     )
+    parser.add_argument(
+        "--chaos", type=Path, metavar="FILE", help="faults on purpose (YAML): kills, stops, a full disk, ...; for tests"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_run(arguments.config, arguments.overrides)
-    cluster = Cluster() if arguments.cluster is None else load_cluster(arguments.cluster, [])
+    cluster = _cluster(arguments.cluster)
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
     if not arguments.in_process:
         check_actors_is_ours()
     check_directory(run_dir, config, fresh=arguments.fresh)
     check_cheaply(config, cluster)
+    chaos = None
+    if arguments.chaos is not None:
+        chaos = check_chaos(arguments.chaos, run_dir, fresh=arguments.fresh, in_process=arguments.in_process)
     prompts = check_prompts(config)
-    settle(run_dir, config, cluster, fresh=arguments.fresh)
+    with names_a_full_disk(run_dir):
+        told = _from_storage(config, cluster, run_dir, fresh=arguments.fresh)
+        settle(run_dir, config, cluster, fresh=arguments.fresh)
+        # Twice: at the end of a block of faults on purpose the disk is made free again.
+        with held(run_dir), faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
+            point("start: directory settled")
+            return _in_its_directory(config, cluster, run_dir, prompts, arguments.in_process, told)
+
+
+def _in_its_directory(
+    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: "Prompts", in_process: bool, told: list[str]
+) -> int:
+    """The run, in a directory that is ours alone; returns the exit code."""
     console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
     write_data(run_dir, prompts.describe(), prompts.dropped)
-    observer.note(prompts.describe())
-    with held(run_dir):
-        outcome = _train(config, cluster, run_dir, prompts, arguments.in_process, observer)
+    for line in [*told, prompts.describe()]:
+        observer.note(line)
+    outcome = _train(config, cluster, run_dir, prompts, in_process, observer)
     if outcome == "interrupted":
         return INTERRUPTED
     print(before_and_after(run_dir))
     return DONE
+
+
+def _cluster(file: Path | None) -> Cluster:
+    return this_machine(os.cpu_count() or 1) if file is None else load_cluster(file, [])
+
+
+def _from_storage(config: RunConfig, cluster: Cluster, run_dir: Path, *, fresh: bool) -> list[str]:
+    """Fills an empty run directory from the cluster file's address; what there is to tell about it."""
+    if cluster.storage.address is None:
+        return []
+    storage = Storage(cluster.storage.address)
+    if fresh and storage.complete(BUFFER):
+        raise BadInput(
+            f"--fresh: {storage.address} (storage.address of the cluster file) holds a run, which would be "
+            "overwritten. Next: another address for the new run, or remove what is there"
+        )
+    told: list[str] = []
+    if not fresh and not (run_dir.is_dir() and any(run_dir.iterdir())):
+        restore(storage, run_dir, lambda folder: check_directory(folder, config, fresh=False), told.append)
+    return told
 
 
 def _train(
@@ -68,7 +112,9 @@ def _train(
     except KeyboardInterrupt:  # while the team was set up, or a second Ctrl-C
         outcome = "interrupted"
     finally:
+        point("report: to be written")
         report = write_report(run_dir)
+        point("report: written")
         continuing = "; the same command goes on with it" if outcome == "interrupted" else ""
         observer.finished(outcome, f"report in {report}{continuing}")
     return outcome

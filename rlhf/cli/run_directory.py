@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from pydantic import BaseModel
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import differing_keys, dump, load_run
+from rlhf.durable import BESIDE, replace_durably
 from rlhf.errors import BadInput
-from rlhf.observers import replace_durably
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.yaml"
@@ -23,10 +24,17 @@ MAY_CHANGE = (
     "loop.num_steps",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
+    "loop.keep_best",
     "loop.eval_every",
     "loop.wait_timeout_s",
     "loop.max_restarts",
     "reward.timeout_s",
+    "learner.engine",  # these two: another order of sums, equal maths
+    "learner.zero_stage",
+    "reward.retries",
+    "reward.backoff_s",
+    "reward.max_failed_in_a_row",
+    "reward.max_dropped_fraction",
     "evaluation.",
 )
 
@@ -52,8 +60,8 @@ def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
         return
     if (run_dir / CONFIG_FILE).is_file():
         _check_same_run(run_dir, config)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        there = ", ".join(sorted(path.name for path in run_dir.iterdir())[:5])
+    elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE}):
+        there = ", ".join(sorted(found)[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
 
 
@@ -86,7 +94,8 @@ def read_config(run_dir: Path) -> RunConfig:
 
 def _check_same_run(run_dir: Path, config: RunConfig) -> None:
     old = read_config(run_dir)
-    fixed = [key for key in differing_keys(old, config) if not key.startswith(MAY_CHANGE)]
+    differing = [key for key in differing_keys(old, config) if not key.startswith(MAY_CHANGE)]
+    fixed = [key for key in differing if _in_package(_value(old, key)) != _in_package(_value(config, key))]
     if old.loop.num_steps != config.loop.num_steps and config.learner.schedule != "constant":
         fixed.append("loop.num_steps")  # the learning rate of every step depends on the last one
     if fixed:
@@ -95,6 +104,11 @@ def _check_same_run(run_dir: Path, config: RunConfig) -> None:
             f"--run-dir {run_dir}: holds another run: {changes}. Next: another --run-dir, --fresh to move the old one "
             "aside, or the old values"
         )
+
+
+def _in_package(value: object) -> object:
+    """A path without the folder in which Ray unpacked what a job brought along: each submission has another one."""
+    return re.sub(r".*/_ray_pkg_[0-9a-f]+/", "", value) if isinstance(value, str) else value
 
 
 def _value(config: BaseModel, key: str) -> object:

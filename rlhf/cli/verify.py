@@ -6,10 +6,14 @@ from pathlib import Path
 
 from rlhf import checkpoint
 from rlhf.buffer.audit import verify as verify_experience
-from rlhf.buffer.schema import FILE_NAME
+from rlhf.buffer.schema import FILE_NAME, DamagedExperience
+from rlhf.buffer.snapshot import moment_of
 from rlhf.cli.exit_codes import BROKEN, DONE
-from rlhf.cli.run_directory import read_config
+from rlhf.cli.run_directory import CLUSTER_FILE, read_config
+from rlhf.config_file import load_cluster
+from rlhf.errors import BadInput
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl
+from rlhf.storage import Storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir
     read_config(run_dir)  # says so when this is no run directory
     found = verify_experience(run_dir / FILE_NAME)
-    problems = [*found.problems, *_checkpoints(run_dir), *_logs(run_dir)]
+    problems = [*found.problems, *_checkpoints(run_dir), *_ledger_behind(run_dir), *_logs(run_dir), *_storage(run_dir)]
     if arguments.json:
         print(json.dumps({"ok": not problems, "ledger": dict(found.ledger), "problems": problems}))
     else:
@@ -31,10 +35,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoints(run_dir: Path) -> list[str]:
-    """Faults of committed checkpoints. A folder without a manifest is not a checkpoint, so it is no fault."""
-    folders = sorted((run_dir / checkpoint.FOLDER).glob("step-*"))
-    whole = [folder for folder in folders if (folder / checkpoint.MANIFEST).is_file()]
-    return [fault for folder in whole for fault in checkpoint.problems(folder)]
+    """Faults of checkpoints. They appear and go under their final names whole, so one without a manifest is damaged."""
+    return [fault for folder in checkpoint.folders(run_dir) for fault in checkpoint.problems(folder)]
+
+
+def _ledger_behind(run_dir: Path) -> list[str]:
+    """A ledger that lacks steps of a checkpoint is not the one that the checkpoint belongs to."""
+    whole = checkpoint.committed(run_dir)
+    try:
+        committed = moment_of(run_dir / FILE_NAME).updates
+    except DamagedExperience:
+        return []  # said by the checks of the buffer
+    ahead = [updates for updates in whole if updates > committed]
+    return [
+        f"{run_dir / checkpoint.FOLDER}/step-{updates:06d}: written after {updates} steps, but {FILE_NAME} knows "
+        f"{committed}: they are not of one run"
+        for updates in ahead
+    ]
+
+
+def _storage(run_dir: Path) -> list[str]:
+    """What is incomplete at the cluster file's address, by names and sizes."""
+    path = run_dir / CLUSTER_FILE
+    address = load_cluster(path, []).storage.address if path.is_file() else None
+    if address is None:
+        return []
+    try:
+        return Storage(address).problems()
+    except (OSError, BadInput) as error:
+        return [f"{address}: could not be checked: {error}"]
 
 
 def _logs(run_dir: Path) -> list[str]:

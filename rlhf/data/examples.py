@@ -22,6 +22,7 @@ FORMATS: Mapping[RecordKind, tuple[Format, ...]] = {
     "prompts": ("prompt",),
     "preferences": ("preference", "implicit_preference"),
     "demonstrations": ("prompt_completion", "messages", "text"),
+    "comparisons": ("preference", "implicit_preference"),
 }
 EMPTY = "empty answer"
 EQUAL = "chosen equals rejected"
@@ -84,6 +85,7 @@ def format_of(record: Record, config: DataConfig, kind: RecordKind) -> Format:
             "prompts": config.prompt_column,
             "preferences": f"{config.prompt_column}, chosen, rejected; or chosen, rejected with the prompt in both",
             "demonstrations": f"{config.prompt_column}, {config.completion_column}; or messages; or text",
+            "comparisons": f"{config.prompt_column}, chosen, rejected; or chosen, rejected with the prompt in both",
         }[kind]
         raise BadInput(
             f"{record.place}: this algorithm learns from {kind}, which have the columns {columns}; columns there: "
@@ -314,6 +316,6 @@ def _advice(record: Record, kind: RecordKind) -> str:
     there = set(record.columns)
     if kind == "demonstrations" and {"chosen", "rejected"} <= there:
         return " These are preferences; data.completion_column=chosen trains on the chosen answers"
-    if kind == "preferences" and ({"completion"} <= there or {"messages"} <= there):
+    if kind in ("preferences", "comparisons") and ({"completion"} <= there or {"messages"} <= there):
         return " These are demonstrations, for algorithm.name=sft"
     return " Columns of other names: data.prompt_column, data.completion_column"

@@ -7,18 +7,19 @@ same door. It holds no policy; its groups have no version and never age."""
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from rlhf.buffer.offline import Completion, dataset_group
 from rlhf.buffer.samplers import order
 from rlhf.config import DataConfig, RecordKind, RunConfig
+from rlhf.data.comparisons import as_comparison
 from rlhf.data.conversations import Content, Message, render
 from rlhf.data.examples import Example, dialogue, read_examples
-from rlhf.data.prompts import NAMED_IN_ERRORS, TOO_LONG, cut, encode, key_of
+from rlhf.data.prompts import NAMED_IN_ERRORS, REPEATED, TOO_LONG, cut, encode, key_of
 from rlhf.data.records import Record, load_rows
 from rlhf.data.turns import AnswerTokens, Segment, answer_tokens, as_messages, ended, segments, spoken_text
 from rlhf.errors import BadInput
@@ -50,7 +51,8 @@ class OfflineSet:
     """The preferences or demonstrations of a run. Immutable; `prompt` is a pure function of the id.
 
     dropped, how many rows were left out, by reason. fingerprint, a hash of rows, settings and token ids: a resumed run
-    must find the same. stop_ids, every token that ends a completion of the model."""
+    must find the same. stop_ids, every token that ends a completion of the model; encoder, whether an encoder
+    reads the prompts; left_out, hashes of prompts whose rows are not used."""
 
     def __init__(
         self,
@@ -60,10 +62,21 @@ class OfflineSet:
         stop_ids: Sequence[int],
         config: DataConfig,
         seed: int,
+        *,
+        encoder: bool,
+        left_out: Collection[str],
     ) -> None:
         examples, self.dropped = read_examples(records, config, kind)
-        items = _tokenised(examples, tokenizer, stop_ids, config)
-        kept = _within_limits(items, tokenizer.bos_token_id, config, self.dropped)
+        if kind == "comparisons":  # their text is that of a ranker, whatever the model's template
+            config = config.model_copy(update={"chat_template": False})
+            examples = [as_comparison(example) for example in examples]
+        items = _tokenised(examples, tokenizer, stop_ids, config, encoder=encoder)
+        others = [item for item in items if item.key not in left_out]
+        if len(others) < len(items):
+            self.dropped[REPEATED] = len(items) - len(others)
+        if not others:
+            raise BadInput(f"data.path={config.path}: every row has the prompt of a held-out row")
+        kept = _within_limits(others, tokenizer.bos_token_id, config, self.dropped)
         self._heldout, self._train = _split(kept, config)
         self._kind, self._seed, self._shuffle = kind, seed, config.shuffle
         self._by_row = {item.example.row: item for item in kept}
@@ -72,13 +85,20 @@ class OfflineSet:
     @classmethod
     def load(cls, config: RunConfig) -> "OfflineSet":
         """The rows of a run file; fetches or builds the model for its tokenizer. Raises BadInput."""
-        from rlhf.models.load import load_tokenizer, stop_ids
-        from rlhf.models.resolve import resolve
+        return cls.of(config, config.data, config.records, frozenset())
 
-        records = load_rows(config.data)
+    @classmethod
+    def of(cls, config: RunConfig, data: DataConfig, kind: RecordKind, left_out: Collection[str]) -> "OfflineSet":
+        """The same for rows that another section of the run file names."""
+        from rlhf.models.load import load_tokenizer, stop_ids
+        from rlhf.models.resolve import is_encoder_decoder, resolve
+
+        records = load_rows(data)
         tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         stops = stop_ids(resolve(config.model.name), tokenizer)
-        return cls(records, config.records, tokenizer, stops, config.data, config.seed)
+        # A reward model reads prompt and answer as one text, in its encoder too.
+        encoder = is_encoder_decoder(config.model.name) and config.algorithm.name != "reward_model"
+        return cls(records, kind, tokenizer, stops, data, config.seed, encoder=encoder, left_out=left_out)
 
     def __len__(self) -> int:
         """How many rows are trained on in one epoch."""
@@ -110,10 +130,16 @@ class OfflineSet:
         return ", ".join(parts) + f"; {min(lengths)} to {max(lengths)} tokens"
 
 
+class Rows(Protocol):
+    """Whoever knows the answers to a prompt."""
+
+    def group(self, prompt: Prompt) -> Group: ...
+
+
 class DatasetGenerator:
     """Looks groups up instead of sampling them: `load` and `sampling` mean nothing to it."""
 
-    def __init__(self, rows: OfflineSet) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def setup(self) -> None:
@@ -140,14 +166,24 @@ def _prompt(item: _Item, prompt_id: int, epoch: int) -> Prompt:
 
 
 def _tokenised(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int], config: DataConfig
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    stop_ids: Sequence[int],
+    config: DataConfig,
+    *,
+    encoder: bool,
 ) -> list[_Item]:
     templated = tokenizer.chat_template is not None and config.chat_template
     rendered = [_rendered(example, tokenizer, config, templated) for example in examples]
-    ids = encode([text for text, _ in rendered], tokenizer)
+    ids = encode([text for text, _ in rendered], tokenizer, encoder=encoder)
     items = []
     for example, (text, pieces), tokens in zip(examples, rendered, ids, strict=True):
         if example.format == "text":
+            if encoder:
+                raise BadInput(
+                    f"{example.record.place}: a text to learn as a whole has no prompt for this model's encoder; "
+                    "expected prompts with completions"
+                )
             answers = [_all_but_the_first(ended(tokens, tokenizer.eos_token_id, stop_ids))]
             tokens = tokens[:1]
             text = str(tokenizer.decode(tokens))

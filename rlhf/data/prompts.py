@@ -18,7 +18,7 @@ from rlhf.data.conversations import Content, content_of, render
 from rlhf.data.records import Record, load_rows
 from rlhf.errors import BadInput
 from rlhf.experience import Ids, Prompt
-from rlhf.models.resolve import resolve
+from rlhf.models.resolve import is_encoder_decoder, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,17 +40,23 @@ class _Item:
 
 
 class PromptSet:
-    """The prompts of a run. Immutable; `prompt` is a pure function of the id.
+    """The prompts of a run. Immutable; `prompt` is a pure function of the id. encoder, whether an encoder reads them.
 
     dropped, how many rows were left out, by reason. fingerprint, a hash of rows, settings and token ids: a resumed run
     must find the same."""
 
     def __init__(
-        self, records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", config: DataConfig, seed: int
+        self,
+        records: Sequence[Record],
+        tokenizer: "PreTrainedTokenizerBase",
+        config: DataConfig,
+        seed: int,
+        *,
+        encoder: bool,
     ) -> None:
         contents = [content_of(record, config.prompt_column) for record in records]
         texts = [render(content, record, tokenizer, config) for content, record in zip(contents, records, strict=True)]
-        ids = encode(texts, tokenizer)
+        ids = encode(texts, tokenizer, encoder=encoder)
         self.dropped: dict[str, int] = {}
         kept = _within_limit(ids, records, tokenizer, config)
         if len(kept) < len(records):
@@ -79,7 +85,8 @@ class PromptSet:
         records = load_rows(config.data)
         folder = resolve(config.model.name)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-        return cls(records, tokenizer, config.data, config.seed)
+        encoder = is_encoder_decoder(config.model.name)
+        return cls(records, tokenizer, config.data, config.seed, encoder=encoder)
 
     def __len__(self) -> int:
         """How many rows are trained on in one epoch."""
@@ -111,12 +118,15 @@ def _prompt(item: _Item, prompt_id: int, epoch: int) -> Prompt:
     return Prompt(prompt_id, item.row, epoch, item.content, item.text, item.token_ids, item.columns)
 
 
-def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, encoder: bool) -> list[list[int]]:
     """Token ids (no padding) with the BOS exactly once at the front, for tokenizers that put one there.
 
-    The template may write a BOS, the tokenizer may add one, or both: only the result is looked at.
+    The template may write a BOS, the tokenizer may add one, or both: only the result is looked at. What an encoder
+    reads ends as the tokenizer ends a text (T5's with EOS); a decoder goes on with its prompt, so nothing is put there.
     """
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    if encoder and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+        encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     bos = tokenizer.bos_token_id
     if bos is None:
         return encoded

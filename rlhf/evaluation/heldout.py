@@ -1,10 +1,11 @@
 """What held-out data says about a policy: answers to prompts and their rewards, or the loss's measures of rows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlhf.errors import BadInput, RunFailed
 from rlhf.experience import REWARD, Group
 
 
@@ -80,12 +81,12 @@ Evaluation = HeldoutReport | HeldoutMeasures
 def report(step: int, groups: Sequence[Group], shown: int) -> HeldoutReport:
     """Summarises judged groups; the first sample of the first `shown` groups (by prompt order given) is kept as text.
 
-    A None reward is left out of mean and deviation, never counted as zero. Raises ValueError when nothing was scored.
+    A None reward is left out of mean and deviation, never counted as zero. Raises RunFailed when nothing was scored.
     """
     samples = [sample for group in groups for sample in group.samples]
     rewards = [reward for sample in samples if (reward := sample.scores[REWARD]) is not None]
     if not rewards:
-        raise ValueError(f"evaluation after {step} steps: none of {len(samples)} held-out answers was scored")
+        raise RunFailed(f"evaluation after {step} steps: none of {len(samples)} held-out answers could be scored")
     mean = math.fsum(rewards) / len(rewards)
     return HeldoutReport(
         step=step,
@@ -113,6 +114,22 @@ def from_json(row: Mapping[str, Any]) -> Evaluation:
         return HeldoutMeasures(**row)
     samples = tuple(Answer(**sample) for sample in row["samples"])
     return HeldoutReport(**{**row, "samples": samples})
+
+
+def best(rows: Sequence[Mapping[str, Any]], measure: str, among: Collection[int]) -> int | None:
+    """The updates of the best of the evaluations at `among`, the earliest of equals; None where there is none.
+
+    rows, what `to_json` wrote. measure, `reward` for answers, else one of the loss's measures, of which those that
+    begin with `loss/` are better when smaller. Raises BadInput, naming those that were taken, for another one.
+    """
+    scores = {}
+    for row in rows:
+        values = row["values"] if "values" in row else {"reward": row["reward_mean"]}
+        if measure not in values:
+            raise BadInput(f"loop.keep_best={measure}: not measured of held-out data; expected one of {sorted(values)}")
+        if row["step"] in among and math.isfinite(values[measure]):
+            scores[row["step"]] = -values[measure] if measure.startswith("loss/") else values[measure]
+    return min(scores, key=lambda step: (-scores[step], step)) if scores else None
 
 
 def rise_in_deviations(before: HeldoutReport, after: HeldoutReport) -> float:

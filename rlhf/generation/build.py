@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from rlhf.config import RunConfig
-from rlhf.generation.engine import EngineSpec, longest_sequence
-from rlhf.interfaces import Generator
+from rlhf.generation.engine import EngineSpec, VersionedGenerator, longest_sequence
 from rlhf.models.resolve import resolve
 
 # Largest difference at the probe between engine and learner, in nats, where the run file gives none. Seen on SmolLM2:
@@ -35,7 +34,7 @@ def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
     )
 
 
-def build_generator(config: RunConfig, name: str) -> Generator:
+def build_generator(config: RunConfig, name: str) -> VersionedGenerator:
     """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version."""
     spec = engine_spec(config, name, resolve(config.model.name))
     assert config.generation is not None  # the settings refuse a run that samples without it

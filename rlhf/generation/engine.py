@@ -8,18 +8,22 @@ and how tokens are drawn.
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Generator as GeneratorType
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from rlhf.chaos.points import point
 from rlhf.config import Dtype
 from rlhf.errors import BadInput, RunFailed
 from rlhf.experience import Floats, Group, Ids, Prompt, Sample, Sampling
+from rlhf.models.load import language_model
 from rlhf.seeding import seed_for
 from rlhf.weights import PROBE_TOKENS, Receipt, Weights, state_shapes, verify_arrival, verify_names, verify_order
 from rlhf.weights import verify_probe as compare_probe
@@ -56,6 +60,9 @@ class Draw:
     seed: int
 
 
+StepwiseGroups = GeneratorType[Group | None, None, None]
+
+
 class VersionedGenerator(ABC):
     """The part of an engine that is the same for all: versions, checks, seeds, samples.
 
@@ -65,6 +72,7 @@ class VersionedGenerator(ABC):
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
+        self._life = 0
         self._version: int | None = None
         self._fingerprint: str | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
@@ -79,7 +87,7 @@ class VersionedGenerator(ABC):
         self._stop_ids = stop_ids(spec.model, self._tokenizer.eos_token_id)
         config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
-            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            skeleton: PreTrainedModel = language_model(config).from_config(
                 config, trust_remote_code=spec.trust_remote_code
             )
         skeleton.tie_weights()
@@ -98,13 +106,14 @@ class VersionedGenerator(ABC):
             raise RunFailed(
                 f"{name}: weights would change while samples are in flight; exhaust or close generate() first"
             )
-        verify_order(weights, self._version, self._fingerprint, name)
+        verify_order(weights, self._life, self._version, self._fingerprint, name)
         verify_arrival(weights, name)
         verify_names(weights, self._shapes, name)
         self._version = self._fingerprint = None
         self._take(weights)
         seen = compare_probe(weights, self._probe(weights.probe.token_ids), self._spec.probe_tolerance, name)
-        self._version, self._fingerprint = weights.version, weights.fingerprint
+        self._life, self._version, self._fingerprint = weights.life, weights.version, weights.fingerprint
+        point("rollout: weights verified")
         return Receipt(name, weights.version, weights.fingerprint, seen, time.monotonic() - started)
 
     def generate(
@@ -116,13 +125,21 @@ class VersionedGenerator(ABC):
         samples (temperature 0) have them at temperature 1 over all tokens. Raises RunFailed without a verified version
         and BadInput for a prompt that does not fit.
         """
+        return _groups_of(self.steps(prompts, sampling, samples_per_prompt, purpose))
+
+    def steps(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
+    ) -> StepwiseGroups:
+        """As `generate`, and None after each step of the engine: it is alive and advances, however long an answer
+        is."""
         if self._version is None:
             raise RunFailed(f"{self._spec.name} holds no verified version of the policy: publish one and load it first")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
+            point("rollout: group begun", prompt.id)
         return self._one_call_at_a_time(self._generate(prompts, sampling, samples_per_prompt, purpose))
 
-    def _one_call_at_a_time(self, groups: Iterator[Group]) -> Iterator[Group]:
+    def _one_call_at_a_time(self, groups: StepwiseGroups) -> StepwiseGroups:
         """Keeps `load` away until the last group is out: groups are stamped with the version held when they leave."""
         if self._sampling:
             raise RunFailed(
@@ -130,7 +147,11 @@ class VersionedGenerator(ABC):
             )
         self._sampling = True
         try:
-            yield from groups
+            with closing(groups):
+                for group in groups:
+                    if group is not None:
+                        point("rollout: group finished", group.prompt.id)
+                    yield group
         finally:
             self._sampling = False
 
@@ -148,12 +169,13 @@ class VersionedGenerator(ABC):
 
     @abstractmethod
     def _probe(self, token_ids: Ids) -> Floats:
-        """Log-probabilities of tokens 1..P-1 at temperature 1, (P-1,), as this engine computes them."""
+        """Log-probabilities of the tokens behind the probe's prompt at temperature 1, as this engine computes them."""
 
     @abstractmethod
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
-    ) -> Iterator[Group]: ...
+    ) -> StepwiseGroups:
+        """Each group as soon as it is finished, None after each step of the engine."""
 
     def _seed(self, purpose: str, prompt: Prompt, index: int) -> int:
         return seed_for(self._spec.run_seed, purpose, prompt.id, index)
@@ -190,6 +212,11 @@ class VersionedGenerator(ABC):
                 f"{sampling.max_new_tokens} that is more than the {limit} that {self._spec.name} was built for. "
                 "Lower data.max_prompt_tokens or generation.max_new_tokens"
             )
+
+
+def _groups_of(steps: StepwiseGroups) -> Iterator[Group]:
+    with closing(steps):
+        yield from (group for group in steps if group is not None)
 
 
 def stop_ids(model: Path, tokenizer_eos: int | None) -> frozenset[int]:

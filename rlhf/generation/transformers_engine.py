@@ -5,24 +5,31 @@ the pool nor on the order in which prompts arrive. Finished rows stay in the bat
 shape of a matrix product changes its rounding.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Generator, Sequence
+from typing import Protocol, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Cache
+from transformers import AutoConfig, Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from rlhf.experience import Floats, Group, Ids, Prompt, Sampling
-from rlhf.generation.engine import Draw, VersionedGenerator
-from rlhf.weights import Weights, state_once
+from rlhf.experience import Floats, Ids, Prompt, Sampling
+from rlhf.generation.engine import Draw, StepwiseGroups, VersionedGenerator
+from rlhf.models.encoder_decoder import own_logits, start_token
+from rlhf.models.load import check_attention, language_model
+from rlhf.weights import Weights, probe_prompt, state_once, state_shapes
+
+
+class Decoding(Protocol):
+    """One group in flight: what has been read so far, and where the prompt is kept, is known here alone."""
+
+    def start(self, prompt_ids: torch.Tensor, count: int) -> torch.Tensor: ...
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
 class CausalDecoding:
-    """One group in flight with a decoder-only model: what has been read so far, as a KV cache.
-
-    An encoder-decoder model needs another class with the same two methods: `start` would encode the prompt and feed the
-    decoder's start token. Nothing else here knows where the prompt is kept.
-    """
+    """With a decoder-only model: prompt and samples in one KV cache."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -41,8 +48,35 @@ class CausalDecoding:
         return cast(torch.Tensor, out.logits[:, -1])
 
 
+class EncoderDecoderDecoding:
+    """With an encoder-decoder: the prompt is encoded once, the cache begins with the decoder's start token."""
+
+    def __init__(self, model: torch.nn.Module, start: int) -> None:
+        self._model, self._start = model, start
+        self._encoded: BaseModelOutput | None = None
+        self._cache: Cache | None = None
+
+    def start(self, prompt_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """As CausalDecoding's."""
+        encoder = cast(torch.nn.Module, self._model.get_encoder())  # type: ignore[operator]
+        states = encoder(input_ids=prompt_ids.unsqueeze(0)).last_hidden_state
+        self._encoded = BaseModelOutput(last_hidden_state=states.expand(count, -1, -1))
+        return self.advance(torch.full((count,), self._start, device=prompt_ids.device))
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As CausalDecoding's."""
+        out = self._model(
+            encoder_outputs=self._encoded,
+            decoder_input_ids=tokens.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = out.past_key_values
+        return cast(torch.Tensor, out.logits[:, -1])
+
+
 class TransformersGenerator(VersionedGenerator):
-    """A rollout engine on transformers, for any causal language model, on a GPU where there is one.
+    """A rollout engine on transformers, for decoder-only models and encoder-decoders, on a GPU where there is one.
 
     Does not batch over prompts: use vLLM where speed matters.
     """
@@ -52,13 +86,19 @@ class TransformersGenerator(VersionedGenerator):
     def _start(self) -> None:
         spec = self._spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        settings = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._encodes = bool(settings.is_encoder_decoder)
+        self._start_token = start_token(settings) if self._encodes else -1
+        model: PreTrainedModel = language_model(settings).from_pretrained(
             spec.model,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
             trust_remote_code=spec.trust_remote_code,
         )
-        self._model = model.to(self._device).eval()
+        check_attention(model, spec.attention)
+        self._model = model.to(self._device).eval()  # type: ignore[arg-type]
+        # A T5 of version 1.1 has an output head of its own although its config, as transformers reads it, ties the two.
+        self._shapes = state_shapes(self._model)
 
     def close(self) -> None:
         self._version = self._fingerprint = None
@@ -74,22 +114,34 @@ class TransformersGenerator(VersionedGenerator):
     @torch.no_grad()
     def _probe(self, token_ids: Ids) -> Floats:
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
-        logprobs = self._model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
-        return cast(Floats, logprobs.gather(1, ids[1:, None]).squeeze(1).cpu().numpy())
+        prompt = probe_prompt(encoder_decoder=self._encodes)
+        if self._encodes:
+            logits = own_logits(self._model, ids.unsqueeze(0), prompt)
+        else:
+            logits = self._model(input_ids=ids.unsqueeze(0)).logits[0, :-1]
+        logprobs = logits.float().log_softmax(-1).gather(1, ids[prompt:, None])
+        return cast(Floats, logprobs.squeeze(1).cpu().numpy())
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
-    ) -> Iterator[Group]:
+    ) -> StepwiseGroups:
         for prompt in prompts:
             seeds = [self._seed(purpose, prompt, index) for index in range(samples_per_prompt)]
-            yield self._group(prompt, self._draw(prompt.token_ids, seeds, sampling), sampling)
+            draws = yield from self._draw(prompt.token_ids, seeds, sampling)
+            yield self._group(prompt, draws, sampling)
+
+    def _decoding(self) -> Decoding:
+        if self._encodes:
+            return EncoderDecoderDecoding(self._model, self._start_token)
+        return CausalDecoding(self._model)
 
     @torch.no_grad()
-    def _draw(self, prompt_ids: Ids, seeds: Sequence[int], sampling: Sampling) -> list[Draw]:
+    def _draw(self, prompt_ids: Ids, seeds: Sequence[int], sampling: Sampling) -> Generator[None, None, list[Draw]]:
+        """Yields after each position, returns the finished samples."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         tokens: list[list[int]] = [[] for _ in seeds]
         logprobs: list[list[float]] = [[] for _ in seeds]
-        decoding = CausalDecoding(self._model)
+        decoding = self._decoding()
         logits = decoding.start(torch.from_numpy(prompt_ids.astype(np.int64)).to(self._device), len(seeds))
         unfinished = set(range(len(seeds)))
         for position in range(sampling.max_new_tokens):
@@ -105,6 +157,7 @@ class TransformersGenerator(VersionedGenerator):
             if not unfinished or position + 1 == sampling.max_new_tokens:
                 break
             logits = decoding.advance(chosen)
+            yield
         return [Draw(row, tokens[row], logprobs[row], seed) for row, seed in enumerate(seeds)]
 
 

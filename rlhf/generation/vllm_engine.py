@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from rlhf.errors import RunFailed
-from rlhf.experience import Floats, Group, Ids, Prompt, Sampling
-from rlhf.generation.engine import Draw, VersionedGenerator
+from rlhf.experience import Floats, Ids, Prompt, Sampling
+from rlhf.generation.engine import Draw, StepwiseGroups, VersionedGenerator
 from rlhf.weights import Weights
 
 if TYPE_CHECKING:
@@ -114,14 +114,15 @@ class VllmGenerator(VersionedGenerator):
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
         self._add("probe", token_ids, params)
-        output = next(output for output in self._finished() if output.request_id == "probe")
+        outputs = (output for step in self._engine_steps() for output in step)
+        output = next(output for output in outputs if output.request_id == "probe")
         tables = cast("list[dict[int, Logprob]]", output.prompt_logprobs)
         ids = token_ids.tolist()
         return np.array([tables[i][ids[i]].logprob for i in range(1, len(ids))], dtype=np.float32)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
-    ) -> Iterator[Group]:
+    ) -> StepwiseGroups:
         waiting: dict[str, tuple[Prompt, int, int]] = {}
         finished: dict[int, list[Draw]] = {prompt.id: [] for prompt in prompts}
         try:
@@ -132,12 +133,14 @@ class VllmGenerator(VersionedGenerator):
                     request = f"{prompt.id}/{index}/{self._requests}"
                     waiting[request] = (prompt, index, seed)
                     self._add(request, prompt.token_ids, self._params(sampling, seed))
-            for output in self._finished():
-                prompt, index, seed = waiting.pop(output.request_id)
-                draws = finished[prompt.id]
-                draws.append(read_draw(output, index, seed))
-                if len(draws) == samples_per_prompt:
-                    yield self._group(prompt, draws, sampling)
+            for outputs in self._engine_steps():
+                for output in outputs:
+                    prompt, index, seed = waiting.pop(output.request_id)
+                    draws = finished[prompt.id]
+                    draws.append(read_draw(output, index, seed))
+                    if len(draws) == samples_per_prompt:
+                        yield self._group(prompt, draws, sampling)
+                yield None
         finally:
             if waiting:
                 self._engine.abort_request(list(waiting))
@@ -161,13 +164,13 @@ class VllmGenerator(VersionedGenerator):
 
         self._engine.add_request(request, tokens_input(token_ids.tolist()), params)
 
-    def _finished(self) -> Iterator["RequestOutput"]:
-        """Steps the engine until nothing is in flight; yields each request's final output."""
+    def _engine_steps(self) -> Iterator[list["RequestOutput"]]:
+        """Steps the engine until nothing is in flight; yields the final outputs of the requests that a step ended."""
         while self._engine.has_unfinished_requests():
             # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
             with torch.compiler.set_stance("force_eager" if self._cpu else "default"):
                 outputs = self._engine.step()
-            yield from cast("list[RequestOutput]", [output for output in outputs if output.finished])
+            yield cast("list[RequestOutput]", [output for output in outputs if output.finished])
 
 
 def read_draw(output: "RequestOutput", index: int, seed: int) -> Draw:

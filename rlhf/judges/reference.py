@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhf.chaos.points import point
 from rlhf.config import RunConfig
 from rlhf.errors import RunFailed
 from rlhf.experience import REF_LOGPROBS, Columns, Floats, Group, Row
@@ -45,6 +46,7 @@ class ReferenceJudge:
         found: dict[int, Floats] = {}
         for batch in microbatches(units, self._config.learner.tokens_per_microbatch, packed=False):
             found.update(self._score(batch))
+        point("reference: scored", group.prompt.id)
         return Columns(group.prompt.id, {}, {REF_LOGPROBS: [found[index] for index in range(len(group.samples))]})
 
     def close(self) -> None:

@@ -8,9 +8,11 @@ means "cannot score" and stays None: nothing here turns a failure, a time-out or
 
 from typing import Any
 
-from rlhf.config import RewardConfig
+from rlhf.chaos.points import point
+from rlhf.config import RewardSource
 from rlhf.errors import BadInput, JudgeFailed
 from rlhf.experience import REWARD, Columns, Group
+from rlhf.judges.patience import refuse_unscored
 from rlhf.judges.worker import FunctionNotFound, RewardFunction, WrongAnswer, call, error_text, load_function
 from rlhf.judges.worker_process import WorkerGone, WorkerProcess
 
@@ -22,8 +24,8 @@ SHOWN_CHARACTERS = 80
 RESERVED = frozenset({"prompts", "completions", "completion_ids"})
 
 
-def check_reward_function(function: str) -> None:
-    """Raises BadInput when `reward.function` cannot be imported or is no function; takes at most about six seconds.
+def check_reward_function(function: str, key: str) -> None:
+    """Raises BadInput, with the key, when it cannot be imported or is no function; takes at most about six seconds.
 
     The import happens in a process of its own, which is ended again: nothing that the function needs is loaded here. An
     import that takes longer is not judged: `RewardFunctionJudge.setup` waits for it.
@@ -34,11 +36,11 @@ def check_reward_function(function: str) -> None:
     except TimeoutError:
         return
     except WorkerGone as gone:
-        raise BadInput(f"reward.function: importing {function!r} ended the process with {gone.status}") from gone
+        raise BadInput(f"{key}: importing {function!r} ended the process with {gone.status}") from gone
     finally:
         worker.kill()
     if missing is not None:
-        raise BadInput(f"reward.function: {missing}")
+        raise BadInput(f"{key}: {missing}")
 
 
 class RewardFunctionJudge:
@@ -49,7 +51,7 @@ class RewardFunctionJudge:
     is replaced at the next call. One call at a time.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardSource) -> None:
         if config.function is None:
             raise ValueError("reward.function is not set: the run file names a reward model")
         self._config, self._name = config, config.function
@@ -71,7 +73,7 @@ class RewardFunctionJudge:
         taken = RESERVED & set(group.prompt.columns)
         if taken:
             raise JudgeFailed(
-                f"rename the data's columns {sorted(taken)}: the reward function's arguments are called so"
+                f"rename the data's columns {sorted(taken)}: the reward function's arguments are called so", again=False
             )
         count = len(group.samples)
         request = (
@@ -81,7 +83,10 @@ class RewardFunctionJudge:
             {name: [value] * count for name, value in group.prompt.columns.items()},
         )
         scores = self._isolated(group, request) if self._config.isolate else self._direct(group, request)
-        return Columns(group.prompt.id, {REWARD: scores}, {})
+        point("reward: scored", group.prompt.id)
+        columns = Columns(group.prompt.id, {REWARD: scores}, {})
+        refuse_unscored(group, columns, f"reward function {self._name} returned None for each")
+        return columns
 
     def close(self) -> None:
         """Ends the worker and everything that it started."""
@@ -138,8 +143,15 @@ class RewardFunctionJudge:
         samples = "\n".join(f"  sample {s.index}: {_shortened(s.text)!r}" for s in group.samples)
         return JudgeFailed(
             f"reward function {self._name} {what}\n"
-            f"prompt {group.prompt.id} (row {group.prompt.row}): {_shortened(group.prompt.text)!r}\n{samples}"
+            f"prompt {group.prompt.id} (row {group.prompt.row}): {_shortened(group.prompt.text)!r}\n{samples}",
+            f"reward function {self._name} {_in_one_line(what)}",
         )
+
+
+def _in_one_line(what: str) -> str:
+    """Without the traceback, but with the error at its end."""
+    lines = what.strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {_shortened(lines[-1])}"
 
 
 def _shortened(text: str) -> str:

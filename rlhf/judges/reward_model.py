@@ -1,19 +1,14 @@
 """A reward model as a judge: it reads text, so it need not share the policy's tokenizer or chat template."""
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf.config import ModelConfig, RunConfig
+from rlhf.config import RewardSource, RunConfig
 from rlhf.data.conversations import Content
-from rlhf.errors import BadInput, RunFailed
-from rlhf.experience import REWARD, Columns, Group, Ids, Row
-from rlhf.learner.collate import collate
-from rlhf.learner.plan import Unit, microbatches, units_of
-from rlhf.models.load import load_tokenizer
-from rlhf.models.score import ScoreModel, load_score_model
+from rlhf.errors import RunFailed
+from rlhf.experience import REWARD, Columns, Group, Ids
+from rlhf.judges.patience import refuse_unscored
+from rlhf.judges.scorer import Scorer
 
 
 class RewardModelJudge:
@@ -26,55 +21,35 @@ class RewardModelJudge:
     logits: nothing is normalised, and a truncated answer is scored like a finished one.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        reward = config.reward
-        if reward is None or reward.model is None:
-            raise ValueError("reward.model is not set: the run has no reward, or its run file names a reward function")
+    def __init__(self, config: RunConfig, reward: RewardSource, key: str) -> None:
+        if reward.model is None:
+            raise ValueError(f"{key}.model is not set: the run file names something else")
         self._name, self._ends_at_eos = reward.model, reward.read_at == "eos"
-        self._dtype, self._budget = reward.dtype, config.learner.tokens_per_microbatch
-        self._settings = ModelConfig(
-            name=self._name, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
-        )
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: ScoreModel | None = None
+        self._scorer = Scorer(config, reward.model, f"{key}.model", reward.dtype)
 
     def setup(self) -> None:
         """Loads tokenizer and model. Raises BadInput when there is no scalar head or a tensor is missing."""
-        try:
-            self._tokenizer = load_tokenizer(self._name, trust_remote_code=self._settings.trust_remote_code)
-            model = ScoreModel(load_score_model(self._settings, self._dtype), "token")
-        except BadInput as error:
-            text = str(error).removeprefix("model.name: ")
-            raise BadInput(f"reward.model: {text}") from error
-        self._limit: int | None = model.base.config.to_dict().get("max_position_embeddings")
-        self._model = model.to(self._device).requires_grad_(False).eval()
+        self._scorer.setup()
 
     def judge(self, group: Group) -> Columns:
         """The score of each sample of the group."""
-        scores: dict[int, float | None] = dict.fromkeys(range(len(group.samples)))
-        rows = []
-        for sample in group.samples:
-            ids = conversation_ids(group.prompt.content, sample.text, self._tokenizer, ends_at_eos=self._ends_at_eos)
-            if 2 <= len(ids) <= (self._limit or len(ids)):
-                # The last token alone is "completion": one score a row is asked for.
-                rows.append(Row(sample.index, ids[:-1], ids[-1:], np.ones(1, dtype=np.bool_), 1.0, {}))
-        for batch in microbatches(units_of(rows), self._budget, packed=False):
-            scores.update(self._score(batch))
-        return Columns(group.prompt.id, {REWARD: [scores[index] for index in range(len(group.samples))]}, {})
+        read = [
+            conversation_ids(group.prompt.content, s.text, self._scorer.tokenizer, ends_at_eos=self._ends_at_eos)
+            for s in group.samples
+        ]
+        columns = Columns(group.prompt.id, {REWARD: self._scorer.scores(read)}, {})
+        too_long = sum(not self._scorer.fits(ids) for ids in read)
+        refuse_unscored(
+            group,
+            columns,
+            f"reward model {self._name} gave a score that is not finite for {len(read) - too_long}, and {too_long} do "
+            "not fit in it",
+        )
+        return columns
 
     def close(self) -> None:
         """Gives the model's memory back."""
-        self._model = None
-
-    @torch.no_grad()
-    def _score(self, units: Sequence[Unit]) -> dict[int, float | None]:
-        """The score of each row, by its unit: the index of its sample."""
-        if self._model is None:
-            raise RunFailed("the reward model is not loaded: call setup before judge")
-        collated = collate(units, (), packed=False).to(self._device)
-        found = self._model(*collated.inputs)[0].cpu().tolist()
-        rows = [row for unit in units for row in unit.rows]
-        return {row.unit: score if np.isfinite(score) else None for row, score in zip(rows, found, strict=True)}
+        self._scorer.close()
 
 
 def conversation_ids(content: Content, answer: str, tokenizer: Tokenizer, *, ends_at_eos: bool) -> Ids:

@@ -82,7 +82,30 @@ def call(
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         named = {parameter.name for parameter in parameters}
         accepted = {name: value for name, value in offered.items() if takes_all or name in named}
-    return _checked(function(prompts, completions, **accepted), len(completions))
+    return checked(function(prompts, completions, **accepted), len(completions))
+
+
+def checked(answer: Any, expected: int) -> list[float | None]:
+    """The answer as one finite number or None for each of `expected` samples. Raises WrongAnswer."""
+    if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
+        raise WrongAnswer(f"it returned a {type(answer).__name__}, expected a list of {expected} numbers or None")
+    values = list(answer)
+    if len(values) != expected:
+        raise WrongAnswer(f"it returned {len(values)} values for {expected} completions")
+    scores: list[float | None] = []
+    for index, value in enumerate(values):
+        if value is None:
+            scores.append(None)
+            continue
+        if not isinstance(value, Real):
+            raise WrongAnswer(
+                f"its value for sample {index} is {value!r} of type {type(value).__name__}, expected a number or None "
+                "(of a tensor, return .tolist())"
+            )
+        if not math.isfinite(value):
+            raise WrongAnswer(f"its value for sample {index} is {float(value)}; a sample that cannot be scored is None")
+        scores.append(float(value))
+    return scores
 
 
 def send(channel: socket.socket, body: bytes) -> None:
@@ -144,28 +167,6 @@ def _import_module(name: str) -> ModuleType:
 def _search_last(folder: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)
-
-
-def _checked(answer: Any, expected: int) -> list[float | None]:
-    if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
-        raise WrongAnswer(f"it returned a {type(answer).__name__}, expected a list of {expected} numbers or None")
-    values = list(answer)
-    if len(values) != expected:
-        raise WrongAnswer(f"it returned {len(values)} values for {expected} completions")
-    scores: list[float | None] = []
-    for index, value in enumerate(values):
-        if value is None:
-            scores.append(None)
-            continue
-        if not isinstance(value, Real):
-            raise WrongAnswer(
-                f"its value for sample {index} is {value!r} of type {type(value).__name__}, expected a number or None "
-                "(of a tensor, return .tolist())"
-            )
-        if not math.isfinite(value):
-            raise WrongAnswer(f"its value for sample {index} is {float(value)}; a sample that cannot be scored is None")
-        scores.append(float(value))
-    return scores
 
 
 def _die_with_parent(lifeline: int) -> None:

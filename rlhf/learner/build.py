@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import LearnerConfig, RewardModelConfig, RunConfig
+from rlhf.config import Dtype, LearnerConfig, PairwiseRankerConfig, PpoConfig, RewardModelConfig, RunConfig
 from rlhf.errors import BadInput
 from rlhf.learner.engine import Engine, TrainedModel
 from rlhf.learner.torch_engine import TorchEngine
-from rlhf.models.load import add_lora, load_model
+from rlhf.models.load import add_lora, load_model, load_tokenizer
 from rlhf.models.policy import PolicyModel
-from rlhf.models.score import ScoreModel, start_score_model
+from rlhf.models.score import ScoreModel, load_score_model, start_score_model
 
 
 def build_policy(config: RunConfig) -> PolicyModel:
@@ -40,7 +40,7 @@ def _save_memory(model: PreTrainedModel, config: RunConfig) -> None:
 def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: str | None) -> Engine:
     """The engine of this rank, which joins the ranks' process group where there is one. meeting_point is host:port of
     rank 0, None with one rank."""
-    scores = isinstance(config.algorithm, RewardModelConfig)
+    scores = isinstance(config.algorithm, RewardModelConfig | PairwiseRankerConfig)
     policy: TrainedModel = build_scorer(config) if scores else build_policy(config)
     if config.learner.engine == "torch":
         if world_size != 1:
@@ -56,9 +56,15 @@ def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: s
 
 
 def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: int) -> Engine:
-    """The critic's engine of this rank, after the policy's: a new head on the policy's model, trained whole, with
-    these settings in place of the learner section."""
-    model = start_score_model(config.model, settings.dtype, config.seed)
+    """The critic's engine of this rank, after the policy's: trained whole, with these settings in place of the learner
+    section."""
+    if not isinstance(config.algorithm, PpoConfig):
+        raise TypeError(f"algorithm.name={config.algorithm.name} has no critic")
+    init = config.algorithm.critic.init
+    if init == "policy":
+        model = start_score_model(config.model, settings.dtype, config.seed)
+    else:
+        model = _reward_model_as_critic(config, init, settings.dtype)
     _save_memory(model, config)
     critic = ScoreModel(model, "predictor")
     if settings.engine == "torch":
@@ -66,6 +72,26 @@ def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: 
     from rlhf.learner.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(critic, settings, world_size, leaves_group=False)
+
+
+def _reward_model_as_critic(config: RunConfig, init: str, dtype: Dtype) -> PreTrainedModel:
+    """A trained reward model, head included. A critic reads the policy's token ids, so both must have one vocabulary.
+
+    Raises BadInput, with the key, where they have not or where the model has no trained head."""
+    own = config.model
+    try:
+        vocabularies = [
+            load_tokenizer(name, trust_remote_code=own.trust_remote_code).get_vocab() for name in (init, own.name)
+        ]
+        if vocabularies[0] != vocabularies[1]:
+            raise BadInput(
+                f"the tokenizer of {init} has {len(vocabularies[0])} tokens, that of {own.name} "
+                f"{len(vocabularies[1])}, and they are not the same: a critic reads the policy's token ids. "
+                "Use init=policy, or a reward model that was trained from this policy's model"
+            )
+        return load_score_model(own.model_copy(update={"name": init, "lora": None}), dtype)
+    except BadInput as error:
+        raise BadInput(f"algorithm.critic.init: {str(error).removeprefix('model.name: ')}") from error
 
 
 def _device() -> torch.device:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rlhf import metrics
 from rlhf.config import PpoConfig, RunConfig
-from rlhf.errors import BadInput
 from rlhf.experience import Floats, TrainBatch
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_critic_engine
@@ -73,11 +72,8 @@ class Critic:
         self._engine.save(folder)
 
     def load(self, trainer: Path) -> None:
-        """Goes on where `save` stopped. Raises BadInput where the trainer had no critic."""
-        folder = trainer / FOLDER
-        if not folder.is_dir():
-            raise BadInput(f"{trainer} holds no critic, so another algorithm wrote it; start a new run for PPO")
-        self._engine.load(folder)
+        """Goes on where `save` stopped."""
+        self._engine.load(trainer / FOLDER)
 
     def close(self) -> None:
         self._engine.close()

@@ -4,7 +4,7 @@ Loads DeepSpeed, so import it only where it is used. AdamW is torch's: nothing i
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +18,32 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
 
 import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 from rlhf.config import LearnerConfig
 from rlhf.errors import RunFailed
+from rlhf.learner.build_locks import free_abandoned_locks
 from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
+from rlhf.learner.state import (
+    MOMENTS,
+    TensorState,
+    fresh_state,
+    one_step_count,
+    read_states,
+    restore_states,
+    states_of,
+    write_states,
+)
 from rlhf.models.policy import ModelInputs
 
-TAG = "deepspeed"
 _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
@@ -39,11 +58,12 @@ class DeepSpeedEngine:
         self.policy = policy
         self._leaves_group = leaves_group
         self._world_size, self._max_grad_norm = world_size, config.max_grad_norm
-        self._sharded = config.zero_stage == 3
+        self._stage, self._sharded = config.zero_stage, config.zero_stage == 3
         # Without ZeRO and in float32 DeepSpeed clips without keeping the norm, so it is done here.
         self._clips_here = config.zero_stage == 0 and config.dtype == "float32"
-        parameters = [parameter for _, parameter in trainable(policy)]
-        optimizer = adamw(parameters, config)
+        self._named = trainable(policy)
+        self._parameters = [parameter for _, parameter in self._named]
+        optimizer = adamw(self._parameters, config)
         check_optimized(policy, optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=policy,
@@ -55,7 +75,8 @@ class DeepSpeedEngine:
             self._engine.optimizer.check_grad_overflow = True  # off in float32 unless asked for: NaN would be applied
         if self._clips_here:
             self._engine.set_gradient_accumulation_boundary(False)
-        self._parameters = parameters
+        elif self._stage == 0:
+            self._undo_first_step()
         self.device = torch.device(self._engine.device)
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
@@ -89,13 +110,24 @@ class DeepSpeedEngine:
         return counts.bool().cpu()
 
     def save(self, folder: Path) -> None:
-        """Every rank writes its shard into a folder that all ranks see."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+        """Rank 0 writes; the others take part in gathering."""
+        write_states(self._states(), folder, write=dist.get_rank() == 0)
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        if path is None:
-            raise RunFailed(f"{folder} holds no trainer state that DeepSpeed can read (tag {TAG})")
+        """Every rank reads the folder and keeps its part."""
+        shapes = {name: self._shape_of(parameter) for name, parameter in self._named}
+        if self._stage == 0:
+            restore_states(read_states(folder, shapes), self._masters(), self._engine.basic_optimizer)
+            self._publish_masters()
+            return
+        self._begin_moments()
+        steps = {}
+        for (name, parameter), state in zip(self._named, read_states(folder, shapes), strict=True):
+            self._restore(parameter, state)
+            steps[name] = state.step
+        count = one_step_count(steps, folder)
+        for master in self._masters():
+            self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
     def close(self) -> None:
         """Where `leaves_group`, which must be the last to close, leaves the process group."""
@@ -103,6 +135,78 @@ class DeepSpeedEngine:
             self._engine.destroy()
             if self._leaves_group:
                 dist.destroy_process_group()
+
+    @torch.no_grad()
+    def _undo_first_step(self) -> None:
+        """In bfloat16 without ZeRO DeepSpeed takes an optimizer step of its own at the start, with zero gradients:
+        weights would decay once for nothing, and the bias correction of every later step would be one step off."""
+        self._engine.basic_optimizer.state.clear()
+        for parameter, master in zip(self._parameters, self._masters(), strict=True):
+            master.copy_(parameter)
+
+    def _masters(self) -> list[nn.Parameter]:
+        """The float32 tensors that AdamW holds: without ZeRO one a parameter, else this rank's flat parts."""
+        if self._sharded:  # during a step alone ZeRO 3 shows them to the optimizer
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [master for group in self._engine.basic_optimizer.param_groups for master in group["params"]]
+
+    def _states(self) -> Iterator[TensorState]:
+        """Collective: whole tensors, one at a time, on every rank."""
+        optimizer = self._engine.basic_optimizer
+        if self._stage == 0:
+            yield from states_of([name for name, _ in self._named], self._masters(), optimizer)
+            return
+        self._begin_moments()
+        step = float(optimizer.state[self._masters()[0]]["step"])
+        for name, parameter in self._named:
+            weight = safe_get_full_fp32_param(parameter)
+            if not self._sharded:  # whole tensors are sums over ranks, in which -0.0 becomes 0.0
+                weight = torch.where(weight == 0, parameter.detach().float(), weight)
+            first, second = (safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS)
+            yield TensorState(name, weight, first, second, step)
+
+    def _begin_moments(self) -> None:
+        """Before the first step AdamW has no moments to read or to write: gives it those that it would start with."""
+        state = self._engine.basic_optimizer.state
+        for master in self._masters():
+            if not state.get(master):
+                state[master] = fresh_state(master)
+        if not self._sharded:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # does nothing after the first time
+
+    @torch.no_grad()
+    def _restore(self, parameter: nn.Parameter, state: TensorState) -> None:
+        """Master, moments and the parameter itself, with the device's copies of whole tensors for a moment only."""
+        weight, *moments = (tensor.to(self.device) for tensor in state.tensors.values())
+        if not self._sharded:
+            parameter.copy_(weight)
+            safe_set_full_fp32_param(parameter, weight)
+            for kind, moment in zip(MOMENTS, moments, strict=True):
+                safe_set_full_optimizer_state(parameter, moment, kind)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(weight)
+        safe_set_local_fp32_param(parameter, self._own_part(parameter, weight))
+        for kind, moment in zip(MOMENTS, moments, strict=True):
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, moment), kind)
+
+    def _own_part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part under ZeRO 3, the last one padded; safe_set_full_* fails where ranks do not divide it."""
+        size = safe_get_local_fp32_param(parameter).numel()
+        padded = whole.new_zeros(size * self._world_size)
+        padded[: whole.numel()] = whole.flatten()
+        return padded.narrow(0, size * dist.get_rank(), size)
+
+    def _shape_of(self, parameter: nn.Parameter) -> torch.Size:
+        """Under ZeRO 3 the parameter itself is empty."""
+        with self.gathered([parameter]):
+            return parameter.shape
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        for parameter, master in zip(self._parameters, self._masters(), strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
 
     def _plain_step(self) -> Step:
         """Averages whole gradients over ranks, so that their norm is the same on all of them."""
@@ -129,6 +233,7 @@ def join(rank: int, world_size: int, meeting_point: str | None) -> None:
         dist.init_process_group(
             backend, init_method=f"tcp://{meeting_point}", rank=rank, world_size=world_size, timeout=_RENDEZVOUS_TIMEOUT
         )
+    free_abandoned_locks()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 

@@ -48,9 +48,10 @@ class Engine(Protocol):
         """Each flag (n,) bool, true where it is true on any rank."""
 
     def save(self, folder: Path) -> None:
-        """Writes parameters in full precision and optimizer state into an existing folder."""
+        """Writes weights in full precision and optimizer state into an existing folder (`rlhf.learner.state`)."""
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Takes what any engine wrote, on any number of ranks. Raises BadInput for the state of another model."""
 
     def close(self) -> None: ...
 

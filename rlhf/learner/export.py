@@ -3,20 +3,23 @@
 Adapters are merged into a copy; the base is never written, so nothing drifts however often it is published.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.learner.engine import Engine
 from rlhf.models.load import Tokenizer
+from rlhf.models.quantised import is_packed, unpacked
 
 _ADAPTER = "default"  # peft's name of the only adapter
 
@@ -33,13 +36,13 @@ def published_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name:
             continue
         adapted = modules.get(owner.removesuffix(".base_layer"))
-        if kind == "weight" and isinstance(adapted, LoraLinear):
+        if kind == "weight" and _has_factors(adapted, parameter):
             a, b = _factor(adapted.lora_A), _factor(adapted.lora_B)
             with engine.gathered([parameter, a, b]), torch.no_grad():
-                yield name.replace(".base_layer.", "."), _merged(adapted, parameter, a, b)
+                yield name.replace(".base_layer.", "."), _merged(adapted, unpacked(parameter), a, b)
         else:
             with engine.gathered([parameter]):
-                yield name.replace(".base_layer.", "."), parameter.detach()
+                yield name.replace(".base_layer.", "."), unpacked(parameter)
     persistent = _persistent_buffers(base)
     yield from persistent.items()
 
@@ -58,7 +61,10 @@ def save_policy(engine: Engine, tokenizer: Tokenizer, folder: Path, *, write: bo
     base = engine.policy.base
     folder.mkdir(parents=True)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    base.config.save_pretrained(folder)
+    settings = copy.deepcopy(base.config)
+    if "quantization_config" in settings.to_dict():
+        del settings.quantization_config  # what is written is unpacked
+    settings.save_pretrained(folder)
     if base.can_generate() and base.generation_config is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -85,9 +91,15 @@ def _factor(adapters: nn.ModuleDict) -> nn.Parameter:
     return cast(nn.Parameter, adapters[_ADAPTER].weight)
 
 
-def _merged(layer: LoraLinear, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _has_factors(layer: nn.Module | None, weight: nn.Parameter) -> TypeGuard[LoraLayer]:
+    """Whether a weight is that of a linear layer with an adapter; peft has a class of its own for those in 4 bits."""
+    return isinstance(layer, LoraLinear) or (is_packed(weight) and isinstance(layer, LoraLayer))
+
+
+def _merged(layer: LoraLayer, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     delta = layer.scaling[_ADAPTER] * (b.float() @ a.float())
-    return (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+    turned = isinstance(layer, LoraLinear) and layer.fan_in_fan_out
+    return (weight.float() + (delta.T if turned else delta)).to(weight.dtype)
 
 
 def _persistent_buffers(model: nn.Module) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ minibatches and the seeded start of adapters, so there is no generator to save.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +15,29 @@ import torch
 from torch import Tensor
 
 from rlhf import metrics
-from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, RunState, ScoreAlgorithm
+from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, RunState, ScoreAlgorithm, mix
 from rlhf.blueprint import needs_old_logprobs
+from rlhf.chaos.points import point
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
-from rlhf.experience import BEHAVIOR_LOGPROBS, OLD_LOGPROBS, REF_LOGPROBS, VALUES, Columns, Floats, Group, TrainBatch
+from rlhf.experience import (
+    BEHAVIOR_LOGPROBS,
+    OLD_LOGPROBS,
+    REF_LOGPROBS,
+    VALUES,
+    Columns,
+    Floats,
+    Group,
+    MixedBatch,
+    TrainBatch,
+)
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
 from rlhf.learner.collate import Collated, collate
+from rlhf.learner.critic import FOLDER as CRITIC_FOLDER
 from rlhf.learner.critic import Critic
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
+from rlhf.learner.judged import judged
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
 from rlhf.learner.reach import GradientReach
@@ -47,6 +60,27 @@ class _Pass(NamedTuple):
     measured: Metrics
 
 
+_Loss = Callable[[Collated], tuple[Outputs | None, LossSums]]
+
+
+class _Drawn(NamedTuple):
+    """Units that take part in an optimizer step, the batch that they are of, their loss and its weight."""
+
+    units: Sequence[Unit]
+    batch: TrainBatch
+    loss: _Loss
+    coef: float
+
+    @property
+    def divisor(self) -> int:
+        """What their summed loss is divided by."""
+        return count_of(self.units, self.batch.normalizer)
+
+    def minibatches(self, parts: int, run_seed: int, step: int, epoch: int) -> list["_Drawn"]:
+        chosen = minibatches(len(self.units), parts, run_seed, step, epoch)
+        return [self._replace(units=[self.units[i] for i in members]) for members in chosen]
+
+
 class PolicyLearner:
     """Trains the policy, and its critic: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
 
@@ -67,6 +101,7 @@ class PolicyLearner:
         self._state: RunState = algorithm.initial_state
         self._next_state: RunState = self._state
         self._measured: Metrics = {}
+        self._mix = mix.build(config)
         self._fills_old = not isinstance(algorithm, ScoreAlgorithm) and needs_old_logprobs(config)
         self._fills_reference = config.model.lora is not None and REF_LOGPROBS in algorithm.needs
 
@@ -103,6 +138,7 @@ class PolicyLearner:
                 filled[REF_LOGPROBS] = share.read(self._engine, self._config.learner)
         if self._critic is not None:
             filled[VALUES] = self._critic.values(share)
+        point("annotate: done")
         return [
             Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
             for number in share.numbers
@@ -110,30 +146,41 @@ class PolicyLearner:
 
     def prepare(self, groups: Sequence[Group]) -> TrainBatch:
         """The algorithm's credit assignment; what it carries to the next step takes effect with the next `update`."""
-        batch, self._next_state = self._algorithm.prepare(groups, self._state)
-        return replace(batch, metrics={**batch.metrics, **staleness(groups, self._version)})
+        sampled, rows = (groups, []) if self._mix is None else mix.apart(groups)
+        batch, self._next_state = self._algorithm.prepare(sampled, self._state)
+        measured = {**batch.metrics, **staleness(groups, self._version), **judged(groups)}
+        if self._mix is None:
+            return replace(batch, metrics=measured)
+        beside = self._mix.prepare(rows)
+        return MixedBatch(batch.rows, batch.normalizer, {**measured, **beside.metrics}, beside)
 
     def update(self, batch: TrainBatch) -> Metrics:
         """Epochs x minibatches; every optimizer step divides its summed loss once, by a count over all ranks.
 
         Metrics are pieces: merged over ranks they are exact. The version counts up even when a step was skipped.
         """
+        point("update: begun")
         settings = self._config.learner
-        units = units_of(batch.rows)
+        batches = [_Drawn(units_of(batch.rows), batch, self._loss, 1.0)]
+        if isinstance(batch, MixedBatch) and self._mix is not None:
+            batches.append(_Drawn(units_of(batch.beside.rows), batch.beside, self._loss_of_rows, self._mix.coef))
         parts = [self._measured, batch.metrics if self._rank == 0 else {}]
-        if not units and self._rank == 0:
+        if not any(drawn.units for drawn in batches) and self._rank == 0:
             parts.append({"faults/empty_minibatch": metrics.total(1)})
         for epoch in range(settings.epochs):
-            chosen = minibatches(len(units), settings.minibatches, self._config.seed, self._version, epoch)
-            for number, members in enumerate(chosen):
+            cut = [
+                drawn.minibatches(settings.minibatches, self._config.seed, self._version, epoch) for drawn in batches
+            ]
+            for number in range(max(map(len, cut))):
                 done = (self._version * settings.epochs + epoch) * settings.minibatches + number
-                drawn = [units[i] for i in members]
-                parts.append(self._optimize(drawn, batch, done))
-                if self._critic is not None:
-                    parts.append(self._critic.optimize(drawn, batch, done))
+                drawn = [own[number] for own in cut if number < len(own)]
+                parts.append(self._optimize(drawn, done))
+                if self._critic is not None and number < len(cut[0]):
+                    parts.append(self._critic.optimize(cut[0][number].units, batch, done))
         self._version += 1
         self._state = self._next_state
         self._measured = {}
+        point("update: done")
         return metrics.merge(parts)
 
     def evaluate(self, groups: Sequence[Group]) -> Metrics:
@@ -146,7 +193,7 @@ class PolicyLearner:
         planned = plan(units_of(batch.rows), self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
         parts = [dict(batch.metrics) if self._rank == 0 else {}]
         with torch.no_grad():
-            parts += [self._measure(micro, columns).measured for micro in planned[self._rank]]
+            parts += [self._measure(micro, columns, self._loss).measured for micro in planned[self._rank]]
         return metrics.merge(parts)
 
     def publish(self) -> Weights | None:
@@ -157,43 +204,61 @@ class PolicyLearner:
                 pass
             return None
         vocabulary = self._engine.policy.base.config.vocab_size
-        return pack(self._version, published_tensors(self._engine), Probe(probe_ids(vocabulary), logprobs))
+        weights = pack(self._version, published_tensors(self._engine), Probe(probe_ids(vocabulary), logprobs))
+        point("publish: packed")
+        return weights
 
     def save(self, folder: Path) -> None:
         """Writes policy/ (loads with from_pretrained), adapter/ (LoRA) and trainer/ into an existing folder."""
         save_policy(self._engine, self._tokenizer, folder / "policy", write=self._rank == 0)
         save_adapter(self._engine, folder / "adapter", write=self._rank == 0)
+        point("save: policy written")
         trainer = folder / "trainer"
         trainer.mkdir(exist_ok=True)
         self._engine.save(trainer)
         if self._critic is not None:
             self._critic.save(trainer)
         if self._rank == 0:
-            state = {"version": self._version, "run_state": dict(self._state), "world_size": self._world_size}
-            (trainer / STATE_FILE).write_text(json.dumps(state | {"engine": self._config.learner.engine}, indent=1))
+            (trainer / STATE_FILE).write_text(
+                json.dumps(
+                    {"version": self._version, "run_state": dict(self._state), "saved_by": self._layout}, indent=1
+                )
+            )
 
     def load(self, folder: Path) -> None:
-        """Goes on where `save` stopped. Raises BadInput when it was saved by another engine or number of ranks."""
+        """Goes on where `save` stopped, whatever engine and number of ranks wrote it.
+
+        Bitwise with the same layout; with another one sums are taken in another order. Raises BadInput for the state
+        of another model or algorithm.
+        """
         trainer = folder / "trainer"
         state = json.loads((trainer / STATE_FILE).read_text())
-        found = (state["engine"], state["world_size"])
-        if found != (self._config.learner.engine, self._world_size):
+        carried = self._algorithm.initial_state.keys()
+        if state["run_state"].keys() != carried or (trainer / CRITIC_FOLDER).is_dir() != (self._critic is not None):
             raise BadInput(
-                f"{trainer} was saved by the {found[0]} engine on {found[1]} ranks; this run has "
-                f"learner.engine={self._config.learner.engine} on {self._world_size}. Go on with the same, or start a "
-                f"new run with model.name={folder / 'policy'}"
+                f"{trainer} was saved by another algorithm: it carries {sorted(state['run_state'])} from step to step, "
+                f"{self._config.algorithm.name} carries {sorted(carried)} and has "
+                f"{'a' if self._critic is not None else 'no'} critic. Start a new run with "
+                f"model.name={folder / 'policy'}"
             )
         self._engine.load(trainer)
         if self._critic is not None:
             self._critic.load(trainer)
         self._version, self._state = state["version"], state["run_state"]
-        self._next_state = self._state
+        self._next_state, self._measured = self._state, {}
 
     def close(self) -> None:
         """Leaves the process group and drops gradients."""
         if self._critic is not None:
             self._critic.close()
         self._engine.close()
+
+    @property
+    def _layout(self) -> dict[str, int | str]:
+        """For people who look into a checkpoint; loading does not depend on it."""
+        learner = self._config.learner
+        stage = {"zero_stage": learner.zero_stage} if learner.engine == "deepspeed" else {}
+        return {"engine": learner.engine, "ranks": self._world_size, "dtype": learner.dtype, **stage}
 
     @property
     def _policy(self) -> PolicyModel:
@@ -209,21 +274,28 @@ class PolicyLearner:
         outputs = collated.outputs(*answers)
         return outputs, self._algorithm.loss(outputs, collated.batch)
 
+    def _loss_of_rows(self, collated: Collated) -> tuple[None, LossSums]:
+        """The same for rows of data beside the samples; entropy and mismatch are the samples' alone."""
+        assert self._mix is not None  # only a run that mixes has such rows
+        return None, self._mix.loss(collated.outputs(*self._engine.forward(collated.inputs)), collated.batch)
+
     def _probe(self) -> Floats:
-        inputs = probe_inputs(self._engine.policy.base.config.vocab_size)
+        inputs = probe_inputs(self._engine.policy.base.config)
         with torch.no_grad():
             answers = self._engine.forward(inputs.to(self._engine.device))
         return answers[0].cpu().numpy().astype(np.float32)
 
-    def _optimize(self, units: Sequence[Unit], batch: TrainBatch, done: int) -> Metrics:
-        """One optimizer step over these units on all ranks."""
-        settings, columns = self._config.learner, sorted(batch.rows[0].tokens)
-        count = count_of(units, batch.normalizer)
-        if count == 0:
+    def _optimize(self, batches: Sequence["_Drawn"], done: int) -> Metrics:
+        """One optimizer step over these units on all ranks: each batch's summed loss over its own count."""
+        settings = self._config.learner
+        counted = [drawn for drawn in batches if drawn.divisor]
+        if not counted:
             return {"faults/empty_minibatch": metrics.total(1)} if self._rank == 0 else {}
-        planned = plan(units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
         first_pass = done % (settings.epochs * settings.minibatches) == 0 and not self._fills_old
-        parts = [self._accumulate(micro, columns, count, measure=first_pass) for micro in planned[self._rank]]
+        parts = []
+        for drawn in counted:
+            planned = plan(drawn.units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
+            parts += [self._accumulate(micro, drawn, measure=first_pass) for micro in planned[self._rank]]
         lr = learning_rate(settings, done, self._config.loop.num_steps * settings.epochs * settings.minibatches)
         step = self._engine.step(lr)
         if not step.applied:
@@ -233,20 +305,21 @@ class PolicyLearner:
             parts.append({"grad_norm": metrics.mean(step.grad_norm, 1), "lr": metrics.last(lr)})
         return metrics.merge(parts)
 
-    def _accumulate(self, micro: Sequence[Unit], columns: Sequence[str], count: int, *, measure: bool) -> Metrics:
+    def _accumulate(self, micro: Sequence[Unit], drawn: "_Drawn", *, measure: bool) -> Metrics:
         """Adds one micro-batch's gradient, divided by the global count, and says what was seen on the way."""
-        batch, outputs, loss, measured = self._measure(micro, columns)
-        self._engine.backward(loss / count)
+        columns = sorted(drawn.batch.rows[0].tokens)
+        batch, outputs, loss, measured = self._measure(micro, columns, drawn.loss)
+        self._engine.backward(drawn.coef * loss / drawn.divisor)
         measured["tokens/trained"] = metrics.total(int(batch.mask.sum()))
         if measure and outputs is not None and BEHAVIOR_LOGPROBS in columns:
             measured |= mismatch(outputs.logprobs, batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
         return measured
 
-    def _measure(self, micro: Sequence[Unit], columns: Sequence[str]) -> _Pass:
+    def _measure(self, micro: Sequence[Unit], columns: Sequence[str], loss: "_Loss") -> _Pass:
         """One forward pass: the micro-batch as tensors, its summed loss, and what was seen on the way."""
         collated = collate(micro, columns, packed=self._config.learner.packing).to(self._engine.device)
         batch = collated.batch
-        outputs, sums = self._loss(collated)
+        outputs, sums = loss(collated)
         measured = {name: metrics.mean(float(value), float(over)) for name, (value, over) in sums.means.items()}
         if outputs is not None:
             measured["entropy"] = metrics.mean(float(outputs.entropy[batch.mask].sum()), int(batch.mask.sum()))

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from rlhf.config import LearnerConfig
 from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
+from rlhf.learner.state import read_states, restore_states, states_of, write_states
 from rlhf.models.policy import ModelInputs
-
-STATE_FILE = "engine.pt"
 
 
 class TorchEngine:
@@ -32,7 +31,8 @@ class TorchEngine:
             self._masters = self._parameters
         else:
             for parameter in policy.parameters():  # not buffers: rotary frequencies stay float32
-                parameter.data = parameter.data.to(torch.bfloat16)
+                if parameter.is_floating_point():  # a base in 4 bits is bytes
+                    parameter.data = parameter.data.to(torch.bfloat16)
             self._masters = [nn.Parameter(parameter.detach().float()) for parameter in self._parameters]
         self._optimizer = adamw(self._masters, config)
         if self._masters is self._parameters:
@@ -71,15 +71,11 @@ class TorchEngine:
         return flags
 
     def save(self, folder: Path) -> None:
-        masters = {name: master.detach().cpu() for name, master in zip(self._names, self._masters, strict=True)}
-        torch.save({"masters": masters, "optimizer": self._optimizer.state_dict()}, folder / STATE_FILE)
+        write_states(states_of(self._names, self._masters, self._optimizer), folder, write=True)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, master in zip(self._names, self._masters, strict=True):
-                master.copy_(state["masters"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        shapes = {name: master.shape for name, master in zip(self._names, self._masters, strict=True)}
+        restore_states(read_states(folder, shapes), self._masters, self._optimizer)
         self._publish_masters()
 
     def close(self) -> None:

@@ -6,17 +6,26 @@ One function loads the policy, the reference and the generator's copy, so that t
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Dtype, LoraConfig, ModelConfig
 from rlhf.errors import BadInput
+from rlhf.models.quantised import check_device, nf4
 from rlhf.models.resolve import resolve
 from rlhf.seeding import seed_for
 
@@ -34,17 +43,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
 
 
 def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
-    """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0.
+    """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0; for QLoRA in 4 bits.
 
-    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an encoder-decoder, an
-    attention implementation that the model does not have, or tensors that the folder lacks (transformers would fill
-    them with random numbers).
+    With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an attention implementation
+    that the model does not have, or tensors that the folder lacks (transformers would fill them with random numbers).
     """
     transformers_logging.disable_progress_bar()  # it would tear the run's own display, and a load takes seconds
     folder = resolve(config.name)
     settings = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
-    if settings.is_encoder_decoder:
-        raise BadInput(f"model.name: {config.name} is an encoder-decoder; training needs a causal language model")
     model, report = _from_folder(folder, settings, config, dtype)
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
@@ -68,7 +74,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
         target_modules=lora.target_modules,
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced
@@ -89,6 +95,11 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
     return adapted
 
 
+def language_model(settings: PretrainedConfig) -> Any:
+    """transformers' class for a model that writes: decoder-only, or with an encoder for the prompt."""
+    return AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+
+
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every token that ends a completion: the EOS ids of generation config, model config and tokenizer, ascending."""
     found: set[int] = {int(tokenizer.eos_token_id)}
@@ -102,14 +113,30 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 def _from_folder(
     folder: Path, settings: PretrainedConfig, config: ModelConfig, dtype: Dtype
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    packed = config.lora is not None and config.lora.base == "nf4"
+    if packed:
+        check_device()
     try:
-        loaded: tuple[PreTrainedModel, dict[str, list[str]]] = AutoModelForCausalLM.from_pretrained(
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded: tuple[PreTrainedModel, dict[str, list[str]]] = language_model(settings).from_pretrained(
             folder, config=settings, dtype=DTYPES[dtype], attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code, output_loading_info=True,
-        )  # type: ignore[assignment]  # fmt: skip
+            quantization_config=nf4(DTYPES[dtype]) if packed else None, device_map={"": device} if packed else None,
+        )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise BadInput(f"model.name: {config.name} with model.attention={config.attention}: {error}") from error
+    check_attention(loaded[0], config.attention)
     return loaded
+
+
+def check_attention(model: PreTrainedModel, wanted: str) -> None:
+    """Raises BadInput unless the model runs the attention implementation that was asked for, in all its parts."""
+    found = {str(part.config._attn_implementation) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if found != {wanted}:
+        raise BadInput(
+            f"model.attention={wanted}: {type(model).__name__} runs {', '.join(sorted(found))} instead; expected one "
+            "that it has"
+        )
 
 
 def without_dropout(settings: PretrainedConfig) -> PretrainedConfig:

@@ -11,11 +11,12 @@ from typing import NamedTuple, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.errors import BadInput
+from rlhf.models.encoder_decoder import own_logits, predicting_states
 from rlhf.ops.logprobs import token_logprobs
-from rlhf.weights import probe_ids
+from rlhf.weights import probe_ids, probe_prompt
 
 _HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
@@ -47,17 +48,18 @@ class ModelInputs(NamedTuple):
 
 
 class PolicyModel(nn.Module):
-    """Log-probabilities and entropies of chosen tokens under a causal language model, with or without adapters.
+    """Log-probabilities and entropies of chosen tokens under a language model, with or without adapters.
 
-    Logits exist for the wanted predictions only, `logit_chunk` at a time. Raises BadInput at construction when the
-    model's logits are not just the output head on the trunk's last hidden state (soft-capping, scaling), or when the
-    model takes no position_ids.
+    Decoder-only, or an encoder-decoder: `encoder_decoder` says what differs. Logits exist for the wanted predictions
+    only, `logit_chunk` at a time. Raises BadInput at construction when the model's logits are not just the output head
+    on the trunk's last hidden state (soft-capping, scaling), or when a decoder-only model takes no position_ids.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, logit_chunk: int) -> None:
         super().__init__()
         self.model = model
         self._logit_chunk = logit_chunk
+        self._parts = bool(self.base.config.is_encoder_decoder)
         self._check()
 
     @property
@@ -83,15 +85,20 @@ class PolicyModel(nn.Module):
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """logprobs (N,) float32 with gradient and entropy (N,) float32 without; arguments as in ModelInputs."""
+        inputs = ModelInputs(input_ids, attention_mask, position_ids, predictors, targets, temperature)
+        chosen = predicting_states(self.base, inputs) if self._parts else self._predicting_states(inputs)
+        return token_logprobs(self._head, chosen, targets, temperature, self._logit_chunk)
+
+    def _predicting_states(self, inputs: ModelInputs) -> Tensor:
+        """The trunk's states (N, H) that predict the targets."""
         states = self._trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        chosen = states.reshape(-1, states.shape[-1])[predictors]
-        return token_logprobs(self._head, chosen, targets, temperature, self._logit_chunk)
+        return cast(Tensor, states.reshape(-1, states.shape[-1])[inputs.predictors])
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Inside it the model is its frozen base: with adapters, the reference (no second model in memory)."""
@@ -102,7 +109,12 @@ class PolicyModel(nn.Module):
     @torch.no_grad()
     def check_packing(self) -> None:
         """Raises BadInput unless packed sequences cannot see each other: the probe behind other tokens, and alone."""
-        alone = probe_inputs(self.base.config.vocab_size).to(self.base.device)
+        if self._parts:
+            raise BadInput(
+                f"learner.packing: {type(self.base).__name__} is an encoder-decoder, whose encoder would see all "
+                "packed prompts at once. Use learner.packing=false"
+            )
+        alone = probe_inputs(self.base.config).to(self.base.device)
         length = alone.input_ids.shape[1]
         packed = alone._replace(
             input_ids=torch.cat([alone.input_ids.flip(1), alone.input_ids], dim=1),
@@ -122,13 +134,16 @@ class PolicyModel(nn.Module):
     def _check(self) -> None:
         """Compares `forward` with the model's own logits on the probe sequence; knows no list of model families."""
         name, trunk = type(self.base).__name__, self._trunk
-        takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        takes_positions = self._parts or "position_ids" in inspect.signature(trunk.forward).parameters
         if not isinstance(self._head, nn.Module) or trunk is self.base or not takes_positions:
             raise BadInput(f"model.name: {name} has no output head on a trunk that takes position_ids; expected both")
-        inputs = probe_inputs(self.base.config.vocab_size).to(self.base.device)
+        inputs = probe_inputs(self.base.config).to(self.base.device)
         mine, _ = self(*inputs)
-        logits = self.model(input_ids=inputs.input_ids, use_cache=False).logits[0, :-1].float()
-        theirs = torch.log_softmax(logits, dim=-1).gather(1, inputs.targets[:, None])[:, 0]
+        if self._parts:
+            logits = own_logits(self.model, inputs.input_ids, inputs.input_ids.shape[1] - len(inputs.targets))
+        else:
+            logits = self.model(input_ids=inputs.input_ids, use_cache=False).logits[0, :-1]
+        theirs = torch.log_softmax(logits.float(), dim=-1).gather(1, inputs.targets[:, None])[:, 0]
         difference = float((mine - theirs).abs().max())
         if not difference <= _HEAD_TOLERANCE[self.base.dtype]:
             raise BadInput(
@@ -137,15 +152,16 @@ class PolicyModel(nn.Module):
             )
 
 
-def probe_inputs(vocabulary: int) -> ModelInputs:
-    """The fixed sequence of the weight probe: all tokens but the first, at temperature 1."""
-    ids = torch.from_numpy(probe_ids(vocabulary).astype("int64"))
-    count = len(ids) - 1
+def probe_inputs(config: PretrainedConfig) -> ModelInputs:
+    """The fixed sequence of the weight probe: all tokens behind its prompt, at temperature 1."""
+    ids = torch.from_numpy(probe_ids(config.vocab_size).astype("int64"))
+    prompt = probe_prompt(encoder_decoder=bool(config.is_encoder_decoder))
+    count = len(ids) - prompt
     return ModelInputs(
         input_ids=ids[None],
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
         position_ids=torch.arange(len(ids))[None],
-        predictors=torch.arange(count),
-        targets=ids[1:],
+        predictors=torch.arange(prompt - 1, len(ids) - 1),
+        targets=ids[prompt:],
         temperature=torch.ones(count),
     )

@@ -1,4 +1,5 @@
-"""From a model's name to a folder that transformers loads: `tiny`, `tiny-untied`, `smollm2`, a folder, a hub name.
+"""From a model's name to a folder that transformers loads: `tiny`, `tiny-untied`, `tiny_t5`, `smollm2`, a folder, a
+hub name.
 
 `check_model` answers within seconds, loads no weights and imports no torch, so that bad input is found before anything
 heavy starts. What is built here is built beside its place in the cache and renamed, so two processes may build at once.
@@ -15,7 +16,9 @@ from typing import Any
 from rlhf.errors import BadInput
 
 TINY = {"tiny": True, "tiny-untied": False}  # name -> tied embeddings
+TINY_T5 = "tiny_t5"
 SMOLLM2 = "smollm2"
+BUILT = (*TINY, TINY_T5, SMOLLM2)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
@@ -35,6 +38,10 @@ def resolve(name: str) -> Path:
         from rlhf.models.tiny import RECIPE, build_tiny
 
         return _cached(f"{name}-{RECIPE}", lambda folder: build_tiny(folder, tied=TINY[name]))
+    if name == TINY_T5:
+        from rlhf.models.tiny_t5 import RECIPE, build_tiny_t5
+
+        return _cached(f"{TINY_T5}-{RECIPE}", build_tiny_t5)
     if name == SMOLLM2:
         from rlhf.models.smollm2 import RECIPE, build_smollm2
 
@@ -48,13 +55,26 @@ def resolve(name: str) -> Path:
 
 def check_model(name: str) -> None:
     """Raises BadInput when the model cannot be loaded, naming the file; loads no weights."""
-    if name in TINY or name == SMOLLM2:
+    if name in BUILT:
         return
     folder = Path(name).expanduser()
     if folder.is_dir():
         check_folder(folder)
     else:
         _from_hub(name, ["config.json"])
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Whether an encoder reads the prompt (T5), told from the model's config; loads no weights, imports no torch.
+
+    Raises BadInput as `check_model`, which comes first.
+    """
+    if name in BUILT:
+        return name == TINY_T5
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(name, ["config.json"])
+    return bool(_read_json(folder / "config.json").get("is_encoder_decoder", False))
 
 
 def check_folder(folder: Path) -> None:
@@ -123,7 +143,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         RepositoryNotFoundError,
     )
 
-    known = f"`{'`, `'.join([*TINY, SMOLLM2])}`, a model folder, or a hub name"
+    known = f"`{'`, `'.join(BUILT)}`, a model folder, or a hub name"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=4))
     except HFValidationError:

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Dtype, ModelConfig
 from rlhf.errors import BadInput
-from rlhf.models.load import DTYPES, without_dropout
+from rlhf.models.encoder_decoder import start_token, whole_in_both
+from rlhf.models.load import DTYPES, check_attention, without_dropout
 from rlhf.models.policy import probe_inputs
 from rlhf.models.resolve import resolve
 from rlhf.seeding import seed_for
@@ -32,6 +33,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 class ScoreModel(nn.Module):
     """Scores at chosen positions under a trunk with one linear head of one output.
 
+    Of an encoder-decoder, encoder and decoder both read the whole sequence and the head may have two layers, as in
+    transformers; such a model scores whole answers and is no critic.
+
     Raises BadInput at construction when the model is not of that form (a pooler between trunk and head, several labels,
     no position_ids), or when its own forward pass gives another score for the probe sequence.
     """
@@ -43,15 +47,22 @@ class ScoreModel(nn.Module):
         name = type(model).__name__
         trunk = model.base_model
         heads = [(key, child) for key, child in model.named_children() if child is not trunk and _has_weights(child)]
-        if trunk is model or len(heads) != 1 or not isinstance(heads[0][1], nn.Linear):
+        self._reads_twice = bool(model.config.is_encoder_decoder)
+        if self._reads_twice and read_at == "predictor":
+            raise BadInput(
+                f"{name} is an encoder-decoder: its encoder has seen the whole answer, so it cannot say what to expect "
+                "before a token. PPO needs a decoder-only model; use rloo, or another algorithm without a critic"
+            )
+        last = _last_layer(heads[0][1]) if len(heads) == 1 else None
+        if trunk is model or last is None or (last is not heads[0][1] and not self._reads_twice):
             shown = ", ".join(f"{key} ({type(child).__name__})" for key, child in heads) or "nothing"
             raise BadInput(f"{name} has {shown} beside its trunk; expected one linear head and nothing between the two")
         self._trunk_name = model.base_model_prefix
         self._head_name = heads[0][0]
-        outputs = heads[0][1].out_features
+        outputs = last.out_features
         if outputs != 1:
             raise BadInput(f"the head of {name} has {outputs} outputs; expected 1 (num_labels=1)")
-        if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        if not self._reads_twice and "position_ids" not in inspect.signature(trunk.forward).parameters:
             raise BadInput(f"the trunk of {name} takes no position_ids; expected one that does")
         self._check()
 
@@ -61,8 +72,8 @@ class ScoreModel(nn.Module):
         return self.model
 
     @property
-    def head(self) -> nn.Linear:
-        return cast(nn.Linear, self.model.get_submodule(self._head_name))
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self._head_name)
 
     def forward(
         self,
@@ -75,13 +86,17 @@ class ScoreModel(nn.Module):
     ) -> tuple[Tensor]:
         """scores (N,) float32 with gradient; arguments as in ModelInputs, of which targets and temperature are not
         read."""
-        states = self.model.get_submodule(self._trunk_name)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
+        trunk = self.model.get_submodule(self._trunk_name)
+        if self._reads_twice:
+            states = whole_in_both(trunk, input_ids, attention_mask, start_token(self.model.config))
+        else:
+            states = trunk(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                return_dict=True,
+            ).last_hidden_state
         chosen = states.reshape(-1, states.shape[-1])[predictors + self._shift]
         return (self.head(chosen).float().squeeze(-1),)
 
@@ -89,16 +104,20 @@ class ScoreModel(nn.Module):
     def _check(self) -> None:
         """The score of the probe's last token, here and by the model's own forward pass."""
         settings = self.model.config
-        inputs = probe_inputs(settings.vocab_size)
-        # The model itself reads at the last token that is not padding, so the probe must not end with that.
-        pad = settings.get_text_config().pad_token_id
+        inputs = probe_inputs(settings)
         ids = inputs.input_ids.clone()
-        if pad is not None and int(ids[0, -1]) == pad:
-            ids[0, -1] = (pad + 1) % settings.vocab_size
+        if self._reads_twice:  # the model itself reads at the last EOS
+            ids[0, -1] = settings.eos_token_id
+        else:  # at the last token that is not padding
+            pad = settings.get_text_config().pad_token_id
+            if pad is not None and int(ids[0, -1]) == pad:
+                ids[0, -1] = (pad + 1) % settings.vocab_size
         last = torch.tensor([ids.shape[1] - 1 - self._shift])
         probe = inputs._replace(input_ids=ids, predictors=last).to(self.model.device)
         mine = self(*probe)[0]
         theirs = self.model(input_ids=probe.input_ids, use_cache=False).logits.float().reshape(-1)
+        if not bool(mine.isfinite().all()):
+            raise BadInput(f"the score of {type(self.model).__name__} is {float(mine[0])}: its weights are broken")
         difference = float((mine - theirs).abs().max())
         scale = max(1.0, float(theirs.abs().max()))
         if theirs.numel() != 1 or not difference <= _TOLERANCE[self.model.dtype] * scale:
@@ -169,6 +188,7 @@ def _load(config: ModelConfig, dtype: Dtype) -> tuple[PreTrainedModel, list[str]
     finally:
         transformers_logging.set_verbosity(verbosity)
     model = cast(PreTrainedModel, loaded)
+    check_attention(model, config.attention)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -177,6 +197,12 @@ def _load(config: ModelConfig, dtype: Dtype) -> tuple[PreTrainedModel, list[str]
         model.to("cuda")  # type: ignore[arg-type]
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     return model, missing
+
+
+def _last_layer(head: nn.Module) -> nn.Linear | None:
+    """The linear layer that a head ends in; None where it ends in another."""
+    layers = [module for module in head.modules() if _has_weights(module) and not list(module.children())]
+    return layers[-1] if layers and isinstance(layers[-1], nn.Linear) else None
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import BadInput
-from rlhf.models.resolve import SMOLLM2, TINY, check_model, resolve
+from rlhf.models.resolve import BUILT, check_model, resolve
 
 EXPECTED = (
     "expected a sequence classifier with one label: a folder that a run of algorithm reward_model wrote, or one that "
@@ -16,35 +16,35 @@ EXPECTED = (
 )
 
 
-def check_reward_model(name: str, *, fetch: bool) -> None:
-    """Raises BadInput, with the key reward.model, unless the model can be had and has a head with one output.
+def check_reward_model(name: str, key: str, *, fetch: bool) -> None:
+    """Raises BadInput, with the key, unless the model can be had and has a head with one output.
 
     Without `fetch` nothing of a hub model but its config is looked for; with it the model is downloaded.
     """
-    if name in TINY or name == SMOLLM2:
-        raise BadInput(f"reward.model: {name} is a language model without a scalar head; {EXPECTED}")
+    if name in BUILT:
+        raise BadInput(f"{key}: {name} is a language model without a scalar head; {EXPECTED}")
     try:
         check_model(name)
         folder = resolve(name) if fetch or Path(name).expanduser().is_dir() else None
     except BadInput as error:
-        raise BadInput(str(error).replace("model.name", "reward.model")) from error
+        raise BadInput(str(error).replace("model.name", key)) from error
     if folder is not None:
-        check_score_head(folder)
+        check_score_head(folder, key)
 
 
-def check_score_head(folder: Path) -> None:
+def check_score_head(folder: Path, key: str) -> None:
     """Raises BadInput unless config.json names a sequence classifier with one label and the weights hold its head."""
     config = json.loads((folder / "config.json").read_text())
     kinds = config.get("architectures") or ["no architecture"]
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if not kinds[0].endswith("ForSequenceClassification"):
-        raise BadInput(f"reward.model: {folder}/config.json names {kinds[0]}, which has no scalar head; {EXPECTED}")
+        raise BadInput(f"{key}: {folder}/config.json names {kinds[0]}, which has no scalar head; {EXPECTED}")
     if labels != 1:
-        raise BadInput(f"reward.model: the head of {folder} has {labels} outputs (labels in config.json); {EXPECTED}")
+        raise BadInput(f"{key}: the head of {folder} has {labels} outputs (labels in config.json); {EXPECTED}")
     shapes = _shapes(folder)
     if shapes is not None and not any(len(shape) == 2 and shape[0] == 1 for shape in shapes.values()):
         raise BadInput(
-            f"reward.model: {folder} has no tensor of shape (1, hidden size), so its head is missing and would be made "
+            f"{key}: {folder} has no tensor of shape (1, hidden size), so its head is missing and would be made "
             f"up; {EXPECTED}"
         )
 

@@ -1,6 +1,7 @@
 """The tiny offline model: a Llama of two layers and its tokenizer, made on the spot, the same bytes every time."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,9 +73,11 @@ def _initialise(model: LlamaForCausalLM, generator: torch.Generator) -> None:
             parameter.normal_(0.0, std, generator=generator)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_level_bpe(special: Sequence[str], size: int) -> tuple[Tokenizer, dict[str, int]]:
+    """A tokenizer without a post-processor, and its vocabulary: the special tokens, the bytes, a few merges, and as
+    many tokens that never occur as make `size`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     merges = []
     for word in [" t", *_MERGED, " the", " a", " and"]:
         token = word.replace(" ", "Ġ")
@@ -82,15 +85,20 @@ def _tokenizer() -> PreTrainedTokenizerFast:
             cut = next(i for i in range(len(token) - 1, 0, -1) if token[:i] in vocabulary and token[i:] in vocabulary)
             merges.append((token[:cut], token[cut:]))
             vocabulary[token] = len(vocabulary)
-    for i in range(len(vocabulary), _VOCABULARY):
+    for i in range(len(vocabulary), size):
         vocabulary[f"<|unused_{i}|>"] = i
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return core, vocabulary
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    core, vocabulary = byte_level_bpe(_SPECIAL, _VOCABULARY)
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    core.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=_CHAT_TEMPLATE,
         extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"], model_max_length=1024,

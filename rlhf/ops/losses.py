@@ -4,7 +4,6 @@ right-padded.
 Weights and advantages carry no gradient. A position whose mask is false contributes nothing, whatever stands there.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -73,17 +72,6 @@ def clipped_policy_loss(
 def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Maximum likelihood: -sum_i sum_t m_t l_t in nats, a scalar; logprobs (B, T) with gradient, mask (B, T) bool."""
     return -torch.where(mask, logprobs, 0).sum()
-
-
-def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Truncated importance weight of each token, without gradient: min(exp(l - l_sampled), cap).
-
-    logprobs, sampled_logprobs (B, T) -> (weight (B, T), truncated (B, T) bool: count it and log it). Truncation
-    trades a bias towards the sampler for a bounded variance (truncated importance sampling, Ionides 2008). Finite for
-    any finite log-probabilities, and exactly 1 where the two are equal and cap >= 1.
-    """
-    difference, limit = (logprobs - sampled_logprobs).detach(), math.log(cap)
-    return difference.clamp(max=limit).exp(), difference > limit
 
 
 def k2_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:

@@ -39,6 +39,16 @@ def bradley_terry(scores: Tensor, pairs: Pairs, margins: Tensor) -> Tensor:
     return -(pairs.weight * logsigmoid(difference)).sum()
 
 
+def order_likelihood(better_first: Tensor, better_second: Tensor) -> Tensor:
+    """The negative log-likelihood of each comparison, over the two orders in which it was shown, (P,).
+
+        -1/2 [log sigma(s(w, l)) + log sigma(-s(l, w))]                  arXiv 2305.10425, section 3.1, over both orders
+
+    s (P,) with gradient, the logit of "the first is better": better_first where that is so. ln 2 at s = 0.
+    """
+    return -(logsigmoid(better_first) + logsigmoid(-better_second)) / 2
+
+
 def centring(scores: Tensor, pairs: Pairs) -> Tensor:
     """What holds scores around 0, which Bradley-Terry leaves open: sum over units of the mean of (r_w + r_l)^2.
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, drawn here so that a page needs no network and no library."""
+"""Line charts and stacked shares as inline SVG, drawn here so that a page needs no network and no library."""
 
 import html
 import math
@@ -53,6 +53,35 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
     parts.append("</svg>")
     legend = _legend(series) if len(series) > 1 or series[0].css != "a" else ""
     return f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>{''.join(parts)}</figure>"
+
+
+def share_chart(title: str, layers: Sequence[Series]) -> str:
+    """A figure of shares that add up to 1 at each step, one coloured band a layer, the first at the bottom.
+
+    All layers have the same steps. An empty string without any point; one point is drawn as wide as the figure.
+    """
+    if not layers or not layers[0].points:
+        return ""
+    steps = [x for x, _ in layers[0].points]
+    left, right = steps[0], steps[-1]
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    places = [LEFT + (x - left) / (right - left) * width for x in steps] if right > left else [LEFT, LEFT + width]
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
+    below = [0.0] * len(places)
+    for layer in layers:
+        values = [y for _, y in layer.points] * (1 if right > left else 2)
+        above = [low + share for low, share in zip(below, values, strict=True)]
+        edge = [*zip(places, above, strict=True), *reversed([*zip(places, below, strict=True)])]
+        path = " ".join(f"{x:.1f},{TOP + (1 - share) * height:.1f}" for x, share in edge)
+        parts.append(f'<polygon class="{layer.css}" points="{path}"/>')
+        below = above
+    for tick in (0.0, 0.5, 1.0):
+        y = TOP + (1 - tick) * height
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for x, place, anchor in ((left, places[0], "start"), (right, places[-1], "end")):
+        parts.append(f'<text class="tick" x="{place:.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{x:.0f}</text>')
+    parts.append("</svg>")
+    return f"<figure><figcaption>{html.escape(title)}{_legend(layers)}</figcaption>{''.join(parts)}</figure>"
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

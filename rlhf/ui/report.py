@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.buffer.audit import ExperienceView
+from rlhf.buffer.schema import FILE_NAME
 from rlhf.evaluation.heldout import Answer, Evaluation, HeldoutReport, from_json, rise_in_deviations
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl, replace_durably
-from rlhf.ui.charts import Series, line_chart
+from rlhf.ui.charts import Series, line_chart, share_chart
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
@@ -43,11 +45,27 @@ CHARTS = {
         ("waiting for samples", "time/wait_s"),
         ("update", "time/update_s"),
     ],
+    "Seconds without sampling (summed over rollout engines)": [("idle", "time/engine_idle_s")],
+    "Correction of stale samples (share of tokens)": [
+        ("rejected", "off_policy/rejected_fraction"),
+        ("truncated", "off_policy/truncated_fraction"),
+        ("effective size", "off_policy/ess_fraction"),
+    ],
 }
+# The histogram of ages: name in the legend, metric. Drawn where a sample of the run was stale.
+AGES = [
+    ("0", "staleness/fraction_0"),
+    ("1", "staleness/fraction_1"),
+    ("2", "staleness/fraction_2"),
+    ("3–4", "staleness/fraction_3_to_4"),
+    ("5–8", "staleness/fraction_5_to_8"),
+    (">8", "staleness/fraction_over_8"),
+]
+AGE_COLOURS = ("g0", "g1", "g2", "g3", "g4", "g5")
 # What a card says of an evaluation without answers, where it was measured.
 HELDOUT_CARDS = ("loss/nll", "rewards/accuracies")
 COLOURS = ("a", "b", "c")
-COUNTED = ("faults/", "dropped/", "groups/dropped")
+COUNTED = ("faults/", "groups/dropped", "groups/equal_dropped", "pairs/ties", "pairs/identical", "pairs/empty")
 
 STYLE = """ :root{color-scheme:light
 dark;--bg:#fbfbfa;--card:#fff;--ink:#1d1f23;--soft:#6b7079;--rule:#e4e5e8;--a:#2f6fde;--b:#d9822b;--c:#2a9d74}
@@ -63,7 +81,9 @@ figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radiu
 figcaption{font-weight:600;font-size:13.5px}svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule);stroke-width:1}
 .tick{fill:var(--soft);font-size:10.5px}polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 polyline.a{stroke:var(--a)}polyline.b{stroke:var(--b)}polyline.c{stroke:var(--c)}circle.a{fill:var(--a)}circle.b{fill:var(--b)}
-circle.c{fill:var(--c)}.key{font-weight:400;font-size:12px;margin-left:10px}.key.a{color:var(--a)}.key.b{color:var(--b)}
+circle.c{fill:var(--c)}
+.g0{fill:#2f6fde}.g1{fill:#2a9d74}.g2{fill:#c9a227}.g3{fill:#d9822b}.g4{fill:#c8452f}.g5{fill:#7b3f98}.key.g0{color:#2f6fde}
+.key.g1{color:#2a9d74}.key.g2{color:#c9a227}.key.g3{color:#d9822b}.key.g4{color:#c8452f}.key.g5{color:#7b3f98}.key{font-weight:400;font-size:12px;margin-left:10px}.key.a{color:var(--a)}.key.b{color:var(--b)}
 .key.c{color:var(--c)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;table-layout:fixed;
 background:var(--card); border:1px
 solid var(--rule);border-radius:10px}td,th{border-top:1px solid var(--rule);padding:9px 12px;text-align:left;
@@ -81,6 +101,10 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / REPORT_FILE
     data = run_dir / DATA_FILE
     dropped = json.loads(data.read_text())["dropped"] if data.exists() else {}
+    buffer = run_dir / FILE_NAME
+    if buffer.exists():
+        set_aside = ExperienceView(buffer).drop_reasons()
+        dropped |= {f"a prompt was set aside: {reason}": count for reason, count in set_aside.items()}
     resolved = config.read_text() if config.exists() else ""
     replace_durably(path, page(run_dir.name, metrics, evaluations, resolved, dropped))
     return path
@@ -153,7 +177,22 @@ def _charts(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluati
             for (name, metric), css in zip(lines, COLOURS, strict=False)
         ]
         charts.append(line_chart(title, [line for line in series if line.points]))
+    charts.append(_ages(metrics))
     return [chart for chart in charts if chart] or ["<p>Nothing was measured yet.</p>"]
+
+
+def _ages(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """How old the samples of each step were; nothing where all were fresh."""
+    rows = [row for row in metrics if all(metric in row for _, metric in AGES)]
+    if not any(row["staleness/fraction_0"] < 1 for row in rows):
+        return ""
+    seen = [(name, metric, css) for (name, metric), css in zip(AGES, AGE_COLOURS, strict=True)]
+    layers = [
+        Series(name, [(row["step"], row[metric]) for row in rows], css)
+        for name, metric, css in seen
+        if any(row[metric] for row in rows)
+    ]
+    return share_chart("Age of samples when trained (versions, share of samples)", layers)
 
 
 def _answers(evaluations: Sequence[Evaluation]) -> str:

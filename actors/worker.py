@@ -1,0 +1,145 @@
+"""One worker of a pool: an actor from being asked for to its end, and what it holds on the way.
+
+    asked -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
+
+The actor has `where`, `setup` and `work`, and where its pool is given weights `load`. `work` yields pairs: a value,
+then (prompt id, seconds); or None and None, a mark: it has begun, or it has advanced. The driver fetches the second of
+a pair only and passes the reference of the first on, so that a group never travels through the driver. The value goes
+first because Ray puts the error of a death wherever the next item would be: a pair that is whole holds no error."""
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlhf.errors import RunFailed
+from rlhf.interfaces import Published, Task
+from rlhf.workers import held
+
+Phase = Literal["asked", "setting up", "without weights", "loading", "ready"]
+NAMED = 8  # prompts in a message
+HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an actor runs."""
+
+    node_id: str
+    host: str
+    pid: int
+    actor_id: str
+
+
+def place_of_this_actor() -> Place:
+    """Asked inside an actor."""
+    context = ray.get_runtime_context()
+    return Place(context.get_node_id(), socket.gethostname(), os.getpid(), str(context.get_actor_id()))
+
+
+@dataclass(slots=True)
+class Errand:
+    """A task on a worker: its stream of pairs, whether the worker has begun it, and the prompts that have not come."""
+
+    task: Task
+    bound: bool  # handed to this worker by name, so that no other may have it
+    stream: ray.ObjectRefGenerator
+    missing: set[int]
+    since: float
+    version: int | None
+    begun: bool = False
+    value: "ray.ObjectRef[Any] | None" = None
+
+    @property
+    def named(self) -> str:
+        """The prompts that are still to come, the first of them, for messages."""
+        return ", ".join(map(str, sorted(self.missing)[:NAMED])) + (" …" if len(self.missing) > NAMED else "")
+
+    def pairs(self) -> Iterator[tuple["ray.ObjectRef[Any]", tuple[int, float] | None]]:
+        """The pairs that have come; raises the RayError that ended the task, RunFailed when it ended too early."""
+        while self.missing:
+            ready, _ = ray.wait([self.stream], timeout=0, fetch_local=False)
+            if not ready:
+                return
+            ref = next(self.stream, None)
+            if ref is None:
+                if self.value is not None:
+                    ray.get(self.value, timeout=HEADER_TIMEOUT_S)  # not a value but what ended the task: raises
+                raise RunFailed(f"ended its work without an answer to prompts {self.named}")
+            if self.value is None:
+                self.value = ref
+                continue
+            header = ray.get(ref, timeout=HEADER_TIMEOUT_S)
+            value, self.value = self.value, None
+            self.begun = True
+            yield value, header
+
+
+@dataclass(slots=True)
+class Worker:
+    """An actor and what the pool knows of it. `sign` is when it last showed that it advances (monotonic, seconds)."""
+
+    slot: int
+    name: str
+    actor: ActorHandle
+    awaited: "ray.ObjectRef[Any]"  # what the phase waits for
+    since: float  # of the phase
+    sign: float
+    phase: Phase = "asked"
+    place: Place | None = None
+    loading: Published | None = None
+    version: int | None = None
+    leaving: bool = False
+    joined: bool = False
+    errands: deque[Errand] = field(default_factory=deque)
+
+    @property
+    def is_free(self) -> bool:
+        return self.phase == "ready" and not self.leaving and not self.errands
+
+    @property
+    def comes_up(self) -> bool:
+        """Whether it waits for the answer that brings it to the next phase."""
+        return self.phase in ("asked", "setting up", "loading")
+
+    @property
+    def whereabouts(self) -> str:
+        return "an unknown place" if self.place is None else f"{self.place.host}, process {self.place.pid}"
+
+    def holding(self, now: float) -> list[str]:
+        """Who holds what, a line a task."""
+        silent_s = now - self.sign
+        return [
+            f"{held(self.name, errand.missing, errand.version, now - errand.since)}, last sign {silent_s:.0f} s ago"
+            for errand in self.errands
+        ]
+
+    def enter(self, phase: Phase, awaited: "ray.ObjectRef[Any]") -> None:
+        self.phase, self.awaited = phase, awaited
+        self.since = self.sign = time.monotonic()
+
+    def start(self, task: Task, *, bound: bool) -> None:
+        now = time.monotonic()
+        if not self.errands:
+            self.sign = now
+        stream: ray.ObjectRefGenerator = self.actor.work.options(num_returns="streaming").remote(task.payload)
+        self.errands.append(Errand(task, bound, stream, set(task.prompt_ids), now, self.version))
+
+    def died_by(self, error: RayError) -> bool:
+        """Whether an error is the death of this very actor, and not of the holder of an argument or a raised one."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayActorError) or cause.actor_init_failed:
+            return False
+        return self.place is None or cause.actor_id in (None, self.place.actor_id)
+
+
+def cause_of_death(error: RayError) -> str:
+    """What Ray says of a death, in a line: its last one has the cause."""
+    return str(error).strip().splitlines()[-1][:300]

@@ -1,0 +1,157 @@
+"""`algorithm.off_policy` in every policy-gradient algorithm: what it weighs, what it leaves out, what it logs, and
+which settings it refuses. The maths are in test_ops_importance. Not covered: the learner, ranks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from rlhf.algorithms.table import build
+from rlhf.blueprint import needs_old_logprobs
+from rlhf.config import (
+    GrpoConfig,
+    OffPolicyConfig,
+    PpoConfig,
+    ReinforceConfig,
+    ReinforcePlusPlusBaselineConfig,
+    ReinforcePlusPlusConfig,
+    RlooConfig,
+)
+from rlhf.metrics import values
+
+FREE = {"coef": 0.0}
+ALGORITHMS = {
+    "rloo": RlooConfig,
+    "reinforce": ReinforceConfig,
+    "grpo": GrpoConfig,
+    "reinforce_plus_plus": ReinforcePlusPlusConfig,
+    "reinforce_plus_plus_baseline": ReinforcePlusPlusBaselineConfig,
+    "ppo": PpoConfig,
+}
+# l^old - l^b of two completions of two tokens, and the token weights of a cap of 2.
+DIFFERENCES = [[math.log(1.5), math.log(3.0)], [math.log(0.4), 0.0]]
+
+
+def batch_of(make_group, config, *, stale):
+    """The train batch of one group with rewards (3, 1); the learner's log-probs are -2 throughout."""
+    columns = {"behavior_logprobs": [[-2.0 - d for d in row] for row in DIFFERENCES], "values": [[0.1, 0.2]] * 2}
+    if stale:
+        columns["old_logprobs"] = [[-2.0, -2.0]] * 2
+    algorithm = build(config)
+    state = algorithm.initial_state
+    return algorithm, algorithm.prepare([make_group(0, [3.0, 1.0], [2, 2], columns, {})], state)[0]
+
+
+def gradients(make_group, divided_loss, config, *, stale):
+    """The gradient at each of the four tokens where the policy has not moved since the start of the step."""
+    algorithm, batch = batch_of(make_group, config, stale=stale)
+    logprobs = [torch.full((2,), -2.0, requires_grad=True) for _ in range(2)]
+    loss, means = divided_loss(algorithm, batch, logprobs, 1000, 1)
+    loss.backward()
+    return np.array([row.grad.tolist() for row in logprobs]), means, values(batch.metrics)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        ({"weight": "none"}, [[1, 1], [1, 1]]),
+        ({}, [[1.5, 2], [0.4, 1]]),
+        ({"cap": 10.0}, [[1.5, 3], [0.4, 1]]),
+        ({"weight": "sequence", "cap": 10.0}, [[4.5, 4.5], [0.4, 0.4]]),
+        ({"weight": "sequence"}, [[2, 2], [0.4, 0.4]]),
+        ({"reject": "token", "high": 2.0}, [[1.5, 0], [0, 1]]),
+        ({"weight": "none", "reject": "sequence"}, [[1, 1], [0, 0]]),
+        ({"weight": "none", "reject": "sequence_mean", "high": 2.0, "low": 0.7}, [[0, 0], [0, 0]]),
+        ({"weight": "none", "reject": "sequence_mean", "high": 2.2, "low": 0.6}, [[1, 1], [1, 1]]),
+    ],
+)
+def test_gradients_are_those_of_fresh_samples_times_the_weight(make_group, divided_loss, name, settings, weights):
+    """Old log-probs -2, so credit is the same in all; the decoupled objective has the policy's gradient at its
+    centre."""
+    config = ALGORITHMS[name](name=name, kl=FREE, off_policy=settings)
+    plain, _, _ = gradients(make_group, divided_loss, config, stale=False)
+    found, means, measured = gradients(make_group, divided_loss, config, stale=True)
+    assert np.abs(plain).min() > 0
+    assert found == pytest.approx(plain * np.array(weights), abs=1e-5)
+    rejected = (np.array(weights) == 0).mean()
+    assert measured["off_policy/rejected_fraction"] == pytest.approx(rejected)
+    assert measured["off_policy/weight_mean"] == pytest.approx(np.mean(weights), abs=1e-5)
+    if config.off_policy.reject == "none":
+        assert measured["off_policy/truncated_fraction"] == pytest.approx(means["clip/fraction"])
+
+
+def test_metrics_of_a_step(make_group):
+    """Worked out by hand: k3 of the four log-ratios, mean, effective share and truncation of the weights."""
+    _, batch = batch_of(make_group, RlooConfig(name="rloo", kl=FREE), stale=True)
+    measured = values(batch.metrics)
+    ratios, weights = np.array([1.5, 3.0, 0.4, 1.0]), np.array([1.5, 2.0, 0.4, 1.0])
+    assert measured["off_policy/kl"] == pytest.approx((ratios - 1 - np.log(ratios)).mean(), abs=1e-6)
+    assert measured["off_policy/ess_fraction"] == pytest.approx(weights.sum() ** 2 / (4 * (weights**2).sum()))
+    assert measured["off_policy/truncated_fraction"] == 0.25
+
+
+def test_fresh_samples_have_no_such_metrics(make_group):
+    """A number of 1 or 0 would be read as a measurement."""
+    _, batch = batch_of(make_group, RlooConfig(name="rloo", kl=FREE), stale=False)
+    assert not [name for name in batch.metrics if name.startswith("off_policy/")]
+
+
+def test_the_coupled_centre_clips_the_ratio_to_the_sampler(make_group, divided_loss):
+    """Ratios (1.5, 3, .4, 1) with positive credit for the first row: above 1.2 no gradient, below .8 none for the
+    loser; decoupled, every token has one."""
+    coupled = GrpoConfig(name="grpo", kl=FREE, off_policy={"weight": "none"}, clip={"centre": "behavior"})
+    found, means, _ = gradients(make_group, divided_loss, coupled, stale=True)
+    assert (found == 0).tolist() == [[True, True], [True, False]]
+    assert means["clip/above_fraction"] == 0.5 and means["clip/below_fraction"] == 0.25
+    decoupled = GrpoConfig(name="grpo", kl=FREE)
+    assert (gradients(make_group, divided_loss, decoupled, stale=True)[0] != 0).all()
+
+
+def test_the_drift_within_a_step_is_weighed_at_the_same_level(make_group, divided_loss):
+    """RLOO in a later minibatch: the policy moved by (ln 1.5, ln 2) at the first row, so its tokens weigh 3 each."""
+    config = RlooConfig(name="rloo", kl=FREE, off_policy={"weight": "sequence", "cap": 10.0})
+    group = make_group(0, [3.0, 1.0], [2, 2], {"old_logprobs": [[-1.0, -1.0]] * 2}, {})
+    algorithm = build(config)
+    batch, _ = algorithm.prepare([group], {})
+    moved = [torch.tensor([-1 + math.log(1.5), -1 + math.log(2.0)], requires_grad=True), torch.full((2,), -1.0)]
+    divided_loss(algorithm, batch, moved, 1000, 1)[0].backward()
+    assert moved[0].grad.tolist() == pytest.approx([-3.0, -3.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"high": 3.0}, "high would do nothing"),
+        ({"weight": "none", "cap": 3.0}, "cap would do nothing"),
+        ({"reject": "token", "low": 5.0}, "low=5.0 must be below high=5.0"),
+        ({"weight": "none", "fresh_too": True}, "fresh_too would do nothing"),
+        ({"weight": "tokens"}, "'token', 'sequence' or 'none'"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        OffPolicyConfig(**settings)
+
+
+def test_a_resolved_run_file_is_accepted_again():
+    """Every key is set there, with its default."""
+    for settings in ({}, {"reject": "token"}, {"weight": "none"}):
+        config = RlooConfig(name="rloo", off_policy=settings)
+        assert RlooConfig.model_validate(config.model_dump()) == config
+
+
+def test_the_coupled_centre_with_a_weight_is_refused():
+    """It would correct twice."""
+    with pytest.raises(ValidationError, match=r"set off_policy\.weight to none"):
+        GrpoConfig(name="grpo", clip={"centre": "behavior"})
+
+
+def test_correcting_fresh_samples_makes_the_learner_compute_its_own_logprobs(tiny_run):
+    """Synchronous, one optimizer step: nothing else would need them."""
+    config = tiny_run({}, {}, {}, {})
+    assert not needs_old_logprobs(config)
+    algorithm = config.algorithm.model_copy(update={"off_policy": OffPolicyConfig(fresh_too=True)})
+    assert needs_old_logprobs(config.model_copy(update={"algorithm": algorithm}))

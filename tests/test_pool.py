@@ -1,0 +1,386 @@
+"""Pools of actors that die, hang, join and leave, on real Ray, with made-up engines that misbehave on order.
+
+Not covered here: real engines and the command line (test_run_replacement.py), nodes that are other machines.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from rlhf.admission import Demand
+from rlhf.buffer.audit import ExperienceView, verify
+from rlhf.buffer.store import ExperienceBuffer
+from rlhf.config import LoopConfig
+from rlhf.errors import NoCapacity, RunFailed
+from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
+from rlhf.interfaces import Request
+from rlhf.loop import Team, train
+from rlhf.metrics import Metrics
+from rlhf.metrics import values as values_of
+from rlhf.sources import JudgeDesk, PolicySource
+from rlhf.testing import CountingLearner, LengthJudge, MadeUpGenerator
+from rlhf.weights import Receipt, Weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SAMPLING = Sampling(1.0, 1.0, 0, 6)
+SILENCE_S = 5.0
+MARK_EVERY_S = 0.5
+Faults = Mapping[int, tuple[str, int]]  # by prompt: what happens, and at how many of the first attempts
+
+
+def attempts(folder: Path, what: str) -> int:
+    """How often this was called before, over all processes."""
+    mine = folder / f"{what}-{os.getpid()}-{time.monotonic_ns()}"
+    before = len(list(folder.glob(f"{what}-*")))
+    mine.touch()
+    return before
+
+
+class Engine:
+    """A rollout actor's class around made-up samples; each answer leaves a file."""
+
+    def __init__(self, folder: Path, faults: Faults) -> None:
+        self._folder, self._faults = folder, faults
+        self._generator = MadeUpGenerator(7)
+
+    def where(self) -> object:
+        from actors.worker import place_of_this_actor
+
+        return place_of_this_actor()
+
+    def setup(self) -> None:
+        if self._faults.get(-2) and not attempts(self._folder, "setup"):
+            os._exit(1)
+
+    def load(self, weights: Weights) -> Receipt:
+        if weights.version == 2 and self._faults.get(-1) and not attempts(self._folder, "load"):
+            os._exit(1)
+        return self._generator.load(weights)
+
+    def work(self, request: Request) -> Iterator[object]:
+        yield None
+        yield None
+        for prompt in request.prompts:
+            for _ in self._misbehave(prompt.id):
+                yield None
+                yield None
+            (group,) = self._generator.generate([prompt], request.sampling, request.samples_per_prompt, request.purpose)
+            attempts(self._folder, f"answered-{prompt.id}")
+            yield group
+            yield prompt.id, 0.0
+
+    def _misbehave(self, prompt_id: int) -> Iterator[None]:
+        what, times = self._faults.get(prompt_id, ("", 0))
+        if not times or attempts(self._folder, f"fault-{prompt_id}") >= times:
+            return
+        if what == "long":
+            for _ in range(int(1.5 * SILENCE_S / MARK_EVERY_S)):
+                time.sleep(MARK_EVERY_S)
+                yield
+            return
+        time.sleep(0.5)  # so that what it yielded before has left the process
+        (self._folder / f"pid-{what}-{prompt_id}").write_text(str(os.getpid()))
+        if what == "raise":
+            raise KeyError("no such word")
+        os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+        time.sleep(3600)
+
+    def close(self) -> None:
+        self._generator.close()
+
+
+class DyingJudge(LengthJudge):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def judge(self, group: Group) -> Columns:
+        if group.prompt.id == 3 and not attempts(self._folder, "judged-3"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().judge(group)
+
+
+class Supply:
+    def prompt(self, prompt_id: int) -> Prompt:
+        return Prompt(prompt_id, prompt_id, 0, "p", "p", np.array([1, 2], dtype=np.int32), {})
+
+
+class Steps:
+    """The metrics of each step; `after` is told of each step."""
+
+    def __init__(self, after: Callable[[int], None]) -> None:
+        self.measured: list[Mapping[str, float]] = []
+        self._after = after
+
+    def step_at(self, step: int, phase: str) -> None:
+        pass
+
+    def step_done(self, step: int, measured: Metrics) -> None:
+        self.measured.append(values_of(measured))
+        self._after(step)
+
+    def evaluate_if_due(self, updates: int) -> None:
+        pass
+
+    def checkpoint_if_due(self, updates: int) -> None:
+        pass
+
+
+class OpeningBuffer(ExperienceBuffer):
+    """Opens the references that actors hand over, as Ray does on the way to the buffer actor."""
+
+    def add_group(self, prompt_id: int, ticket: int, group: object) -> bool:
+        import ray
+
+        return super().add_group(prompt_id, ticket, ray.get(group, timeout=30))
+
+    def add_columns(self, prompt_id: int, columns: object) -> bool:
+        import ray
+
+        return super().add_columns(prompt_id, ray.get(columns, timeout=30))
+
+
+class Bench:
+    """A source and a learner in this process, engines and judges as actors on the Ray that runs."""
+
+    def __init__(self, folder: Path, engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> None:
+        import ray
+
+        from actors.judge import JudgeActor
+        from actors.pool import ActorWorkers, PoolSpec
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self.folder, self.notes = folder, []
+        self.meanwhile: Callable[[], None] = lambda: None  # called in this thread whenever the source waits
+        self.buffer = OpeningBuffer(folder / "experience.db", frozenset({REWARD}), None, 3)
+        self.buffer.open()
+        self.learner = CountingLearner()
+        engine_class = ray.remote(Engine).options(num_cpus=0, resources=dict(resources))
+
+        judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
+
+        def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
+            return PoolSpec(role, size, needed, takes_weights, "spot: 1", SILENCE_S, 60.0, 60.0, 3)
+
+        self.rollouts = ActorWorkers(
+            spec("rollout", engines, needed, True),
+            lambda name: engine_class.remote(folder, faults),
+            ray.kill,
+            self.notes.append,
+        )
+        self.judges = ActorWorkers(
+            spec("reward", 1, 1, False),
+            lambda name: judge_class.remote(DyingJudge, (folder,)),
+            ray.kill,
+            self.notes.append,
+        )
+
+    def source(self, steps: int, groups: int) -> PolicySource:
+        wanted = Demand(groups, steps, 0, 2, SAMPLING, 120.0)
+        desk = JudgeDesk("reward", frozenset({REWARD}), True, self.judges)
+        for pool in (self.rollouts, self.judges):
+            pool.wait_until_up()
+        return PolicySource(wanted, Supply(), self.buffer, self.rollouts, [desk], lambda: bool(self.meanwhile()))
+
+    def train(self, source: PolicySource, steps: int, groups: int, after: Callable[[int], None]) -> Steps:
+        told = Steps(after)
+        loop = LoopConfig(num_steps=steps, groups_per_step=groups)
+        train(Team(source, self.learner, self.buffer), loop, told, lambda: False)
+        return told
+
+    def wait_for_engines(self, count: int) -> None:
+        """Within a minute."""
+        deadline = time.monotonic() + 60
+        while self.rollouts.size() != count:
+            assert time.monotonic() < deadline, f"{self.rollouts.size()} engines, expected {count}: {self.notes}"
+            time.sleep(0.1)
+
+    def answers(self) -> Counter[int]:
+        """How often each prompt was answered, over all processes."""
+        return Counter(int(path.name.split("-")[1]) for path in self.folder.glob("answered-*"))
+
+    def close(self) -> None:
+        self.rollouts.close()
+        self.judges.close()
+        self.buffer.close()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    built = []
+
+    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> Bench:
+        folder = tmp_path / f"{len(built)}"
+        folder.mkdir()
+        built.append(Bench(folder, engines, needed, faults, resources))
+        return built[-1]
+
+    yield build
+    for each in built:
+        each.close()
+
+
+def test_workers_that_die_or_hang_are_replaced_alone_and_a_poisoned_prompt_is_set_aside(
+    ray_here: None, bench: Callable[..., Bench]
+) -> None:
+    """Two engines and a judge. Prompt 4 kills its engine always, 14 once, 8 stops its process (SIGSTOP), 10 takes
+    longer than the patience for silence but shows marks; one engine dies while it takes version 2, the judge at prompt
+    3, and an engine at a held-out prompt. Nothing that was answered is generated again, and the steps hold the prompts
+    that they hold without any of it, but for the poisoned one."""
+    faults: Faults = {
+        4: ("kill", 99),
+        14: ("kill", 1),
+        8: ("stop", 1),
+        10: ("long", 1),
+        1001: ("kill", 1),
+        -1: ("load", 1),
+    }
+    team = bench(2, 2, faults, {})
+    source = team.source(steps=3, groups=6)
+    told = team.train(source, 3, 6, lambda step: None)
+    asked = [Supply().prompt(1000 + number) for number in range(4)]
+    graded = source.answer(asked, SAMPLING)
+    pid = int((team.folder / "pid-stop-8").read_text())
+    gone_by = time.monotonic() + 30
+    while psutil.pid_exists(pid) and time.monotonic() < gone_by:
+        time.sleep(0.1)
+        notes = "\n".join(team.notes)
+    assert not psutil.pid_exists(pid), f"the stopped engine lives on\n{notes}"
+    assert team.learner.trained == [[0, 1, 2, 3, 5, 6], list(range(7, 13)), list(range(13, 19))], notes
+    once = [prompt for step in team.learner.trained for prompt in step] + [prompt.id for prompt in asked]
+    assert team.answers() == Counter(once), notes
+    assert [group.prompt.id for group in graded] == [1000, 1001, 1002, 1003]
+    assert all(group.samples[0].scores[REWARD] for group in graded)
+    overview = ExperienceView(team.folder / "experience.db").overview()
+    ((reason, dropped),) = overview.drop_reasons.items()
+    assert dropped == 1 and "died" in reason, reason
+    assert (overview.counts.trained, overview.counts.lost, overview.counts.duplicated) == (18, 0, 0)
+    sums = {name: sum(step[name] for step in told.measured) for name in told.measured[0] if name.startswith("faults/")}
+    assert (sums["faults/workers_hung"], sums["faults/prompts_set_aside"], sums["faults/late_answers"]) == (1, 1, 0)
+    assert sums["faults/workers_died"] == 3 + 1 + 1 + 1, notes  # prompt 4, prompt 14, the load, the judge
+    assert verify(team.folder / "experience.db").ok
+
+
+def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_it_too(
+    ray_here: None, bench: Callable[..., Bench]
+) -> None:
+    team = bench(1, 1, {1: ("raise", 1), -2: ("setup", 1)}, {})
+    source = team.source(steps=1, groups=2)
+    assert team.rollouts.replaced().died == 1, "it died once while it was set up"
+    with pytest.raises(RunFailed, match=r"rollout-0\.1 failed at 'generate' on prompts 1: 'no such word'"):
+        team.train(source, 1, 2, lambda step: None)
+    deadly = bench(1, 1, {n: ("kill", 99) for n in range(9)}, {})
+    source = deadly.source(steps=1, groups=2)
+    with pytest.raises(RunFailed, match="rollout-0 was lost 4 times in a row without a result"):
+        deadly.train(source, 1, 2, lambda step: None)
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine. An engine needs one with a `spot` resource."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self._nodes: list[Any] = []
+        self.address: str = self._cluster.address
+
+    def add(self, count: int) -> None:
+        self._nodes += [self._cluster.add_node(num_cpus=1, resources={"spot": 1}) for _ in range(count)]
+
+    def remove_all(self) -> None:
+        """Without notice, as when power fails."""
+        while self._nodes:
+            self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def drain_first(self) -> None:
+        """As `ray drain-node` does for a preemption notice."""
+        import ray
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * (time.time() + 600))
+        gcs = ray._raylet.GcsClient(address=self.address)
+        accepted, why = gcs.drain_node(self._nodes[0].node_id, reason, "notice", deadline_ms)
+        assert accepted, why
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    import ray
+
+    cluster = Nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.soak
+def test_engines_join_and_leave_with_their_nodes_and_the_run_waits_when_there_are_none(
+    nodes: Nodes, bench: Callable[..., Bench]
+) -> None:
+    """The run starts with one engine of four; nodes that are added take leases within a minute; one that is drained
+    gets no new lease, finishes and is given up; with all nodes gone, in the middle of their work, the run waits and
+    says so, and goes on when nodes come back. Every prompt is trained once, in the steps of the undisturbed run. With
+    no node for too long the run ends and says what was asked for."""
+    nodes.add(1)
+    team = bench(4, 1, {n: ("long", 1) for n in (26, 27, 28, 29)}, {"spot": 1})
+    source = team.source(steps=9, groups=4)
+    seen: list[int] = []
+
+    def take_all_away() -> None:
+        if list(team.folder.glob("fault-26-*")):  # at work on prompt 26, which takes a while
+            nodes.remove_all()
+            team.meanwhile = bring_back
+
+    def bring_back() -> None:
+        if any("no rollout worker is up" in note for note in team.notes):
+            nodes.add(4)
+            team.meanwhile = lambda: None
+
+    def after(step: int) -> None:
+        seen.append(team.rollouts.size())
+        if step == 0:
+            nodes.add(3)
+            team.wait_for_engines(4)
+        elif step == 2:
+            nodes.drain_first()
+            team.wait_for_engines(3)
+        elif step == 5:
+            team.meanwhile = take_all_away
+
+    told = team.train(source, 9, 4, after)
+    notes = "\n".join(team.notes)
+    assert team.learner.trained == [list(range(n, n + 4)) for n in range(0, 36, 4)], notes
+    assert seen[:4] == [1, 4, 4, 3], seen
+    assert "no rollout worker is up" in notes and "is drained" in notes, notes
+    sums = {name: sum(step[name] for step in told.measured) for name in told.measured[0] if name.startswith("faults/")}
+    assert (sums["faults/workers_left"], sums["faults/workers_died"], sums["faults/prompts_set_aside"]) == (4, 0, 0)
+    overview = ExperienceView(team.folder / "experience.db").overview()
+    assert (overview.counts.trained, overview.counts.lost, overview.counts.duplicated) == (36, 0, 0)
+    assert not overview.attempts, "a node that leaves is no prompt's fault"
+    nodes.remove_all()
+    with pytest.raises(NoCapacity, match="asks for spot: 1"):
+        source.answer([Supply().prompt(2000)], SAMPLING)

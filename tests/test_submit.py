@@ -1,0 +1,191 @@
+"""`rlhf submit` against a real job server that asks for a token: logs, exit codes, going on, and what travels.
+
+Not covered: several nodes, a head that is lost, an address behind TLS.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from rlhf.cli.submit import LARGEST_FILE_MIB, packed
+from rlhf.cluster import Cluster
+from rlhf.errors import BadInput
+
+TOKEN = "0123456789abcdef" * 4
+RUN = {
+    "seed": 3,
+    "model": {"name": "tiny"},
+    "algorithm": {"name": "rloo", "samples_per_prompt": 2},
+    "data": {"path": "prompts.jsonl"},
+    "loop": {"num_steps": 1, "groups_per_step": 2},
+    "generation": {"engine": "transformers", "max_new_tokens": 4},
+    "learner": {"engine": "torch"},
+    "reward": {"function": "reward.py:reward"},
+}
+CLUSTER = {"address": "auto"} | {
+    role: {"cpus": 0.1} for role in ("trainer", "rollout", "reference", "reward", "buffer")
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions):\n    return [1.0 for _ in completions]\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Mapping[str, str]]]:
+    """A head node with a job server that asks for a token, its address, and the environment of someone who has it."""
+    # Ray's sockets do not fit below the long folders that pytest makes.
+    folder = Path("/tmp") / f"ray-submit-{os.getpid()}"
+    port, dashboard = free_port(), free_port()
+    binaries = Path(sys.executable).parent  # a job's entrypoint is `python` as the head finds it
+    path = f"{binaries}:{os.environ['PATH']}"
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = f"start --head --block --port={port} --dashboard-port={dashboard} --include-dashboard=true --num-cpus=2"
+    ports = f"--ray-client-server-port={free_port()} --disable-usage-stats --object-store-memory=200000000"
+    head = subprocess.Popen(
+        [str(binaries / "ray"), *command.split(), *ports.split(), f"--temp-dir={folder}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(dashboard, head)
+        yield f"http://127.0.0.1:{dashboard}", {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        # A head that is asked to end takes half a minute.
+        for process in [*psutil.Process(head.pid).children(recursive=True), head] if head.poll() is None else []:
+            process.kill()
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(port: int, head: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert head.poll() is None, "the head node ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline, "no job server"
+        time.sleep(0.5)
+
+
+def submit(
+    workplace: Path, server: tuple[str, Mapping[str, str]], *words: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    address, base = server
+    command = [sys.executable, "-m", "rlhf.cli.main", "submit", "run.yaml", "--cluster", "cluster.yaml"]
+    # RAY_ADDRESS would override --address, and belongs to the job's side only.
+    mine = {name: value for name, value in base.items() if name != "RAY_ADDRESS"} | environment
+    return subprocess.run(
+        [*command, "--run-dir", str(workplace / "out"), "--address", address, *words],
+        cwd=workplace,
+        env=mine,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_is_shipped_followed_and_gone_on_with(workplace: Path, server: tuple[str, Mapping[str, str]]) -> None:
+    first = submit(workplace, server)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "step 1/1" in first.stdout and "ray job submit" in first.stdout
+    assert TOKEN not in first.stdout + first.stderr
+    again = submit(workplace, server, "loop.num_steps=2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "goes on from" in again.stdout and "step 2/2" in again.stdout and "step 1/2" not in again.stdout
+    refused = submit(workplace, server, "learner.lr=0.5")  # another run in the same directory
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "learner.lr was" in refused.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_failing_reward_ends_with_the_code_of_a_failed_run(
+    workplace: Path, server: tuple[str, Mapping[str, str]]
+) -> None:
+    (workplace / "reward.py").write_text("def reward(prompts, completions):\n    raise KeyError('lost')\n")
+    failed = submit(workplace, server)
+    assert failed.returncode == 4, failed.stdout + failed.stderr
+    assert "KeyError" in failed.stdout
+
+
+@pytest.mark.ray
+def test_a_wrong_token_is_refused_with_a_remedy(workplace: Path, server: tuple[str, Mapping[str, str]]) -> None:
+    refused = submit(workplace, server, RAY_AUTH_TOKEN="f" * 64)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "RAY_AUTH_TOKEN" in refused.stderr and "f" * 64 not in refused.stderr
+
+
+def test_local_files_travel_and_nothing_else(workplace: Path) -> None:
+    settings = {"data": {"path": str(workplace / "prompts.jsonl")}, "model": {"name": "smollm2"}, "seed": 1}
+    settings["reward"] = {"function": f"{workplace / 'reward.py'}:reward"}
+    (workplace / "junk.bin").write_bytes(b"0" * 1000)
+    with packed(settings, Cluster(address="auto"), ship=True) as folder:
+        shipped = yaml.safe_load((folder / "run.yaml").read_text())
+        assert (folder / shipped["data"]["path"]).read_text() == (workplace / "prompts.jsonl").read_text()
+        file, _, name = shipped["reward"]["function"].partition(":")
+        assert (folder / file).is_file() and name == "reward" and shipped["model"]["name"] == "smollm2"
+        assert not list(folder.rglob("junk.bin")) and not list(folder.rglob("__pycache__"))
+        assert {path.name for path in folder.iterdir()} == {"rlhf", "actors", "files", "run.yaml", "cluster.yaml"}
+    assert not folder.exists()
+    with packed(settings, Cluster(address="auto"), ship=False) as folder:
+        assert yaml.safe_load((folder / "run.yaml").read_text()) == settings
+
+
+def test_a_file_too_large_to_travel_is_refused_by_its_key(workplace: Path) -> None:
+    with (workplace / "huge.jsonl").open("wb") as file:
+        file.truncate((LARGEST_FILE_MIB + 1) << 20)  # a sparse file
+    settings = {"data": {"path": str(workplace / "huge.jsonl")}}
+    with (
+        pytest.raises(BadInput, match=r"data\.path: .*huge\.jsonl has 65 MiB, more than the 64"),
+        packed(settings, Cluster(address="auto"), ship=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cluster", "run_dir", "said"),
+    [({"address": "local"}, "/tmp/out", "address=local"), (CLUSTER, "out", "is relative")],
+)
+def test_what_cannot_be_submitted_is_refused_without_a_server(
+    workplace: Path, cluster: Mapping[str, object], run_dir: str, said: str
+) -> None:
+    (workplace / "cluster.yaml").write_text(yaml.safe_dump(dict(cluster)))
+    words = ["submit", "run.yaml", "--cluster", "cluster.yaml", "--run-dir", run_dir, "--address", "http://127.0.0.1:9"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli.main", *words], cwd=workplace, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and said in refused.stderr, refused.stderr
