@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from rlhf.algorithms.table import build
-from rlhf.blueprint import needs_old_logprobs
+from rlhf.passes import needs_old_logprobs
 from rlhf.config import (
     GrpoConfig,
     OffPolicyConfig,

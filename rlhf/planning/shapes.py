@@ -1,7 +1,7 @@
 """How large a model is, counted from its config.json: matrices, parameters, what a token leaves in the KV cache.
 
-Dense decoders of the families below and T5. No weights are read and no torch is imported. A family that is not listed is
-refused: a mixture of experts would be counted wrong, not roughly right.
+Dense decoders of the families below and T5. No weights are read and no torch is imported. A family that is not listed
+is refused: a mixture of experts would be counted wrong, not roughly right.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -135,7 +135,8 @@ def _llama_like(
     head_norms: int = 0,
     tied: bool = False,
 ) -> Shape:
-    """RMS norms, rotary positions, a gated feed-forward part. head_norms, norm parameters of queries and keys a layer."""
+    """RMS norms, rotary positions, a gated feed-forward part. head_norms, parameters of the norms of queries and keys in
+    a layer."""
     hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     head_size = config.get("head_dim") or hidden // heads
     attention, keys = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
@@ -210,8 +211,10 @@ def _phi3(config: Mapping[str, Any]) -> Shape:
 def _two_matrix(
     config: Mapping[str, Any], names: Sequence[str], sizes: Mapping[str, int], *, tied: bool, positions: int
 ) -> Shape:
-    """Layer norms with biases, biased matrices, a feed-forward part without a gate. names: of the fused or single
-    query, key and value matrices, the output, the two of the feed-forward part; positions, parameters of their table."""
+    """Layer norms with biases, biased matrices, a feed-forward part without a gate.
+
+    names: of the query, key and value matrices (one, where they are fused), of the output, of the two of the
+    feed-forward part. positions, the parameters of their table."""
     hidden, layers, inner = sizes["hidden"], sizes["layers"], sizes["inner"]
     *read, out, first, second = names
     matrices = [Matrix(name, hidden, 3 * hidden // len(read), True, layers, "decoder") for name in read]
