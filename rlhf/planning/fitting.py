@@ -47,14 +47,14 @@ def _resources(cluster: Cluster, roles: tuple[Placed, ...]) -> Iterator[str]:
     if cluster.cpus is not None and demand.get("CPU", 0.0) > cluster.cpus:
         asked = ", ".join(f"{p.role} {p.needed} x {p.takes['CPU']:g}" for p in roles if "CPU" in p.takes)
         yield (
-            f"CPU: asked {demand['CPU']:g} ({asked}), cpus of the cluster file is {cluster.cpus}; raise it, or give the "
-            "roles less (they are logical)"
+            f"CPU: asked {demand['CPU']:g} ({asked}), cpus of the cluster file is {cluster.cpus}; raise it, or "
+            "give the roles less (they are logical)"
         )
     for name, amount in demand.items():
         if name not in ("CPU", "GPU"):
             yield (
-                f"{name}: asked {amount:g}, a Ray that is started here (address: local) has no custom resources; join a "
-                "cluster that has them, or leave them out"
+                f"{name}: asked {amount:g}, a Ray that is started here (address: local) has no custom resources; "
+                "join a cluster that has them, or leave them out"
             )
 
 
@@ -63,8 +63,8 @@ def _gpus(peaks: Sequence[Peak], memory: float, name: str) -> Iterator[str]:
     for peak in peaks:
         if peak.placed.settings.gpus and peak.device > memory:
             yield (
-                f"{peak.placed.role}: {_gib(peak.device)} on the GPU, a {name} has {_gib(memory)}; more ranks with ZeRO "
-                "2 or 3, a smaller learner.tokens_per_microbatch, model.gradient_checkpointing or model.lora"
+                f"{peak.placed.role}: {_gib(peak.device)} on the GPU, a {name} has {_gib(memory)}; more ranks with "
+                "ZeRO 2 or 3, a smaller learner.tokens_per_microbatch, model.gradient_checkpointing or model.lora"
             )
     parts = [peak for peak in peaks if 0 < peak.placed.settings.gpus < 1]
     count = math.ceil(sum(peak.placed.settings.gpus * peak.placed.replicas for peak in parts) - 1e-9)

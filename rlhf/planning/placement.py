@@ -10,7 +10,7 @@ from rlhf.passes import needs_reference
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A role of the run. needed, the actors without which it does not start; takes, by Ray's resource names, of each."""
+    """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names."""
 
     role: str
     replicas: int

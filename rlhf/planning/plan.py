@@ -80,7 +80,7 @@ class Plan:
     memory: tuple[RoleMemory, ...]
     published: float
     object_store: float
-    trained_flops: float
+    update_flops: float
     time: StepTime
     problems: tuple[str, ...]
 
@@ -102,7 +102,7 @@ def make_plan(given: Given) -> Plan:
         memory=held,
         published=published,
         object_store=stored,
-        trained_flops=_update_flops(given, arithmetic),
+        update_flops=_update_flops(given, arithmetic),
         time=_time(given, arithmetic),
         problems=tuple(problems_of(cluster, peaks, stored, given.machine.memory, given.gpu)),
     )

@@ -109,6 +109,45 @@ class Shape:
         return chosen
 
 
+# config.json of the models that are built on the spot (rlhf.models), as far as it is read here.
+_TINY = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
+_TINY_T5 = {
+    "model_type": "t5",
+    "vocab_size": 320,
+    "d_model": 64,
+    "d_kv": 32,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+_SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+}
+BUILT_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {**_TINY, "tie_word_embeddings": True},
+    "tiny-untied": {**_TINY, "tie_word_embeddings": False},
+    "tiny_t5": _TINY_T5,
+    "smollm2": {**_SMOLLM2, "tie_word_embeddings": True},
+}
+
+
 def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     """The shape that a config.json describes; `where` is named in errors. Raises BadInput for other families."""
     family = config.get("model_type")
@@ -135,8 +174,8 @@ def _llama_like(
     head_norms: int = 0,
     tied: bool = False,
 ) -> Shape:
-    """RMS norms, rotary positions, a gated feed-forward part. head_norms, parameters of the norms of queries and keys in
-    a layer."""
+    """RMS norms, rotary positions, a gated feed-forward part. head_norms, parameters of a layer's norms of queries and
+    keys."""
     hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     head_size = config.get("head_dim") or hidden // heads
     attention, keys = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
