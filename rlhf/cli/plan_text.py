@@ -1,7 +1,6 @@
 """The plan for people to read."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 
 from rlhf.planning.devices import Device
 from rlhf.planning.memory import GIB, MIB
@@ -45,36 +44,31 @@ def _placement(plan: Plan) -> str:
 
 def _batches(given: Given, plan: Plan) -> str:
     b, budget = plan.batches, given.config.learner.tokens_per_microbatch
-    beside = f" + {b.rows_of_data_per_step} rows of data" if b.rows_of_data_per_step else ""
-    sampled = f"{b.prompts_per_step} prompts{beside}"
+    taken = f"{b.prompts_per_step} prompts"
+    if b.rows_of_data_per_step:
+        taken += f" + {b.rows_of_data_per_step} rows of data"
     if b.samples_per_step:
-        sampled += f" x {b.samples_per_prompt} samples = {b.samples_per_step} samples"
-    return "\n".join(
-        [
-            "batches",
-            f"  a step            {sampled}; trained on: {b.sequences_per_step} sequences in {b.units_per_step} units",
-            f"  optimizer steps   {b.minibatches} minibatches x {b.epochs} epochs: {b.optimizer_steps_per_step} a step, "
-            f"{b.optimizer_steps:,} in {b.steps} steps",
-            f"  global batch      {b.sequences_per_optimizer_step} sequences an optimizer step, on {b.ranks} ranks at "
-            f"most {b.sequences_per_rank} each",
-            f"  accumulation      {b.microbatches_per_optimizer_step} micro-batches of at most {budget} tokens (the "
-            f"largest: {b.largest_microbatch_tokens}); {b.microbatches_per_step} passes a step and rank",
-            f"  data              {b.prompts_in_data:,} prompts: {b.steps_per_epoch:.1f} steps an epoch; the run takes "
-            f"{b.prompts_used:,}, {b.epochs_of_data:.2f} epochs",
-        ]
-    )
+        taken += f" x {b.samples_per_prompt} samples = {b.samples_per_step} samples"
+    lines = {
+        "a step": f"{taken}; trained on: {b.sequences_per_step} sequences in {b.units_per_step} units",
+        "optimizer steps": f"{b.minibatches} minibatches x {b.epochs} epochs: {b.optimizer_steps_per_step} a step, "
+        f"{b.optimizer_steps:,} in {b.steps:,} steps",
+        "global batch": f"{b.sequences_per_optimizer_step} sequences an optimizer step, on {b.ranks} ranks at most "
+        f"{b.sequences_per_rank} each",
+        "accumulation": f"{b.microbatches_per_optimizer_step} micro-batches of at most {budget} tokens (the largest: "
+        f"{b.largest_microbatch_tokens}); {b.microbatches_per_step} passes a step and rank",
+        "data": f"{b.prompts_in_data:,} prompts: {b.steps_per_epoch:.1f} steps an epoch; the run takes "
+        f"{b.prompts_used:,}, {b.epochs_of_data:.2f} epochs",
+    }
+    return "\n".join(["batches", *(f"  {name:<17} {text}" for name, text in lines.items())])
 
 
 def _memory(plan: Plan) -> str:
     lines = ["memory, of each actor"]
     for role in plan.memory:
         lines += _role_memory(role)
-    lines.append(
-        f"  object store  {_size(plan.object_store)}: published weights of {_size(plan.published)}, the version in use and "
-        "the next"
-        if plan.object_store > plan.published
-        else f"  object store  {_size(plan.object_store)}: the published weights"
-    )
+    versions = "the version in use and the next" if plan.object_store > plan.published else "one version"
+    lines.append(f"  object store {_size(plan.object_store)}: published weights of {_size(plan.published)}, {versions}")
     return "\n".join(lines)
 
 
@@ -97,8 +91,8 @@ def _time(given: Given, plan: Plan) -> str:
     if decoding is not None:
         lines.append(
             f"  generate   {_seconds(time.generate_s)}: prompts {_seconds(decoding.prefill_s)}, decoding "
-            f"{_seconds(decoding.body_s)} (bound by {decoding.bound}; {decoding.sequences_at_once} sequences at once), tail "
-            f"{_seconds(decoding.tail_s)}"
+            f"{_seconds(decoding.body_s)} (bound by {decoding.bound}; {decoding.sequences_at_once} sequences at once), "
+            f"tail {_seconds(decoding.tail_s)}"
         )
     lines += [
         f"  judge      {_seconds(time.judge_s)}{_unknown(given)}",
@@ -120,11 +114,11 @@ def _time(given: Given, plan: Plan) -> str:
 
 def _device(device: Device, roles: list[str], given: Given) -> str:
     dtype = given.config.learner.dtype
-    peak = asdict(device)["flops"][dtype] / 1e12
+    peak = device.flops[dtype] / 1e12
     return (
-        f"  {device.name} ({', '.join(roles)}; {device.source}): {peak:,.3g} TFLOP/s in {dtype}, of which training reaches "
-        f"{device.training:.0%}, other passes {device.forward:.0%}; {device.bytes_per_s / 1e9:,.0f} GB/s, of which decoding "
-        f"reaches {device.decode:.0%}"
+        f"  {device.name} ({', '.join(roles)}; {device.source}): {peak:,.3g} TFLOP/s in {dtype}, of which training "
+        f"reaches {device.training:.0%}, other passes {device.forward:.0%}, decoding {device.decode_flops:.0%}; "
+        f"{device.bytes_per_s / 1e9:,.0f} GB/s, of which decoding reaches {device.decode:.0%}"
     )
 
 

@@ -59,7 +59,7 @@ GPUS = tuple(sorted(_TABLE))
 # reach 68 to 75 % of the bandwidth. Forward passes and decoding at large batches are bounded by FLOPs as training is.
 GPU_TRAINING, GPU_FORWARD, GPU_DECODE, GPU_DECODE_FLOPS = 0.40, 0.40, 0.70, 0.40
 # Of what a float32 GEMM of numpy reaches on the same cores, measured in the same moment (docs/plan.md).
-CPU_TRAINING, CPU_FORWARD, CPU_DECODE, CPU_DECODE_FLOPS = 0.70, 0.70, 0.70, 0.30
+CPU_TRAINING, CPU_FORWARD, CPU_DECODE, CPU_DECODE_FLOPS = 0.70, 0.85, 0.70, 0.40
 # A GEMM in bfloat16 against float32, by what the CPU has for it; without it PyTorch converts, and nothing is gained.
 _BFLOAT16_GAIN = {"amx_bf16": 8.0, "avx512_bf16": 2.0}
 

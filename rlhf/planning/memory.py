@@ -20,8 +20,16 @@ GIB, MIB = 1 << 30, 1 << 20
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # Float32 arrays of logits that exist together while a chunk's log-probabilities are differentiated; while it is scored.
 LOGIT_COPIES_TRAINING, LOGIT_COPIES_FORWARD = 4, 3
+# vLLM keeps what its largest batch of prompt tokens takes; of each logit its sampler has about five float32 and an int64.
+PROMPT_TOKENS_PER_STEP, SAMPLER_BYTES = 4096, 28
 # Resident memory of a process with its libraries and the tiny model, measured on this lock (docs/plan.md).
-LIBRARIES = {"trainer": 650 * MIB, "vllm": 1790 * MIB, "transformers": 650 * MIB, "plain": 250 * MIB}
+LIBRARIES = {
+    "deepspeed": 640 * MIB,
+    "torch": 560 * MIB,
+    "transformers": 560 * MIB,
+    "vllm": 1790 * MIB,
+    "plain": 250 * MIB,
+}
 
 Phase = Literal["held", "update", "score", "step", "publish", "decode", "load"]
 Where = Literal["device", "host"]
@@ -74,10 +82,11 @@ def sharded(parameters: float, *, weights: int, gradients: int, masters: int, st
     )
 
 
-def training(trained: float, frozen: float, learner: LearnerConfig, ranks: int) -> tuple[States, float]:
+def training(trained: float, frozen: float, learner: LearnerConfig, ranks: int, *, gpu: bool) -> tuple[States, float]:
     """What a rank holds of a model of which some parameters are trained, and what a pass adds for their gradients.
 
-    In bfloat16 AdamW has float32 masters. In float32 the parameters are the masters, but ZeRO 1 to 3 keep a copy of
+    ZeRO 1 to 3 gather gradients in a bucket, which a GPU reserves whole and a CPU as far as it is filled; in bfloat16
+    ZeRO 2 and 3 add a float32 copy of it. ZeRO 3 gathers parameters as well. In bfloat16 AdamW has float32 masters. In float32 the parameters are the masters, but ZeRO 1 to 3 keep a copy of
     their share. Gradients are accumulated in float32, but for ZeRO 0 in bfloat16.
     """
     width = WIDTH[learner.dtype]
@@ -91,7 +100,9 @@ def training(trained: float, frozen: float, learner: LearnerConfig, ranks: int) 
         return _with_frozen(own, width * frozen), 4 * trained * reduced
     own = sharded(trained, weights=width, gradients=4, masters=4, stage=stage, ranks=ranks)
     own = _with_frozen(own, width * frozen / (ranks if stage == 3 else 1))
-    bucket = min(trained, REDUCE_BUCKET) * (4 if stage == 1 else width)
+    filled = min(trained, REDUCE_BUCKET)
+    bucket = (REDUCE_BUCKET if gpu else filled) * (4 if stage == 1 else width)
+    bucket += 4 * filled * (reduced and stage > 1)
     gathered = width * min(trained + frozen, LIVE_PARAMETERS) if stage == 3 else 0.0
     return own, bucket + gathered
 
@@ -104,13 +115,13 @@ def _with_frozen(states: States, frozen: float) -> States:
 class Passes:
     """The largest micro-batch. tokens, padding included; predictions, completion tokens among them; scores, the
     length of a row whose attention scores are kept (eager attention; otherwise 0); recompute, gradient checkpointing;
-    foreach, whether AdamW treats all tensors at once (on GPUs)."""
+    gpu, whether the trainer has one."""
 
     tokens: int
     predictions: int
     scores: int
     recompute: bool
-    foreach: bool
+    gpu: bool
 
 
 def trainer_parts(
@@ -120,7 +131,7 @@ def trainer_parts(
     width = WIDTH[learner.dtype]
     adapters = 0 if lora is None else shape.adapter_parameters(lora.rank, lora.target_modules)
     trained, frozen = (shape.parameters, 0) if lora is None else (adapters, shape.parameters)
-    states, passing = training(trained, frozen, learner, ranks)
+    states, passing = training(trained, frozen, learner, ranks, gpu=passes.gpu)
     if lora is not None and lora.base == "nf4":
         states = States(0.5 * frozen + width * trained, states.masters, states.gradients, states.moments)
     chunk = min(learner.logit_chunk, passes.predictions)
@@ -142,7 +153,7 @@ def trainer_parts(
 
 def critic_parts(shape: Shape, learner: LearnerConfig, ranks: int, passes: Passes) -> list[Part]:
     """The critic beside the policy: held too, with passes of its own that follow the policy's."""
-    states, passing = training(shape.scoring_parameters, 0, learner, ranks)
+    states, passing = training(shape.scoring_parameters, 0, learner, ranks, gpu=passes.gpu)
     activations = passes.tokens * activation_bytes(shape, learner.dtype, passes)
     embedding = WIDTH[learner.dtype] * shape.embedding
     return [
@@ -152,11 +163,11 @@ def critic_parts(shape: Shape, learner: LearnerConfig, ranks: int, passes: Passe
 
 
 def _step_bytes(trained: float, shape: Shape, learner: LearnerConfig, ranks: int, passes: Passes) -> float:
-    """The denominators of AdamW, twice for a moment, of a whole flat share or tensor by tensor; ZeRO 1 to 3 have a flat
-    copy of the gradients, too."""
+    """The denominators of AdamW: on a CPU twice for a moment, tensor by tensor, on a GPU of all tensors at once. Under
+    ZeRO 1 to 3 a rank's share is one tensor, and its gradients exist in a second, flat copy."""
     if learner.engine == "deepspeed" and learner.zero_stage > 0:
-        return 4 * trained / ranks * (2 if passes.foreach else 3)
-    return 4.0 * trained if passes.foreach else 8.0 * min(trained, shape.embedding)
+        return 4 * trained / ranks * (2 if passes.gpu else 3)
+    return 4.0 * trained if passes.gpu else 8.0 * min(trained, shape.embedding)
 
 
 def _held(states: States, prefix: str) -> list[Part]:
@@ -214,24 +225,29 @@ def cache_bytes(shape: Shape, dtype: Dtype) -> int:
 
 
 def vllm_parts(
-    shape: Shape, generation: GenerationConfig, dtype: Dtype, published: float, memory: float | None
+    shape: Shape, generation: GenerationConfig, dtype: Dtype, published: float, sequence: int, memory: float | None
 ) -> list[Part]:
-    """An engine of vLLM. memory, of its GPU; None on a CPU, where a tied head is packed beside the embedding.
+    """An engine of vLLM. published, bytes of a version; sequence, the longest one in tokens; memory, of its GPU; None on
+    a CPU, where a tied head is packed beside the embedding and the cache is as large as it is said to be.
 
-    On a GPU vLLM takes gpu_memory_fraction of it, and what the weights leave is cache. published, bytes of a version.
+    On a GPU vLLM takes gpu_memory_fraction of it, and what weights and passes leave is cache.
     """
     width = WIDTH[dtype]
     weights = width * shape.parameters
-    held = [Part("weights", weights, "held", "device")]
+    batched = max(PROMPT_TOKENS_PER_STEP, sequence)
+    layer = 3 * shape.hidden + 2 * (shape.attention + shape.key_value) + (3 if shape.gated else 2) * shape.intermediate
+    logits = generation.max_sequences * shape.vocabulary * SAMPLER_BYTES
+    passes = Part("activations and logits", batched * layer * width + logits, "held", "device")
+    held = [Part("weights", weights, "held", "device"), passes]
     if memory is not None:
-        cache = max(0.0, generation.gpu_memory_fraction * memory - weights)
+        cache = max(0.0, generation.gpu_memory_fraction * memory - weights - passes.size)
         return [*held, Part("KV cache", cache, "held", "device"), Part("received copy", published, "load", "host")]
     packed = width * shape.embedding if shape.tied else 0
     return [
         *held,
         Part("packed head", packed, "held", "device"),
         Part("KV cache", generation.cache_gib * GIB, "held", "device"),
-        Part("received copy", published, "load", "host"),
+        Part("received copy", published, "load", "device"),
     ]
 
 

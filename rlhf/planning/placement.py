@@ -10,7 +10,8 @@ from rlhf.passes import needs_reference
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names."""
+    """A role of the run. needed, the actors without which it does not start; takes, of each, by
+    Ray's resource names."""
 
     role: str
     replicas: int

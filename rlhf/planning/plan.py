@@ -120,8 +120,10 @@ def _memory_of(given: Given, placed: Placed, arithmetic: Batches) -> RoleMemory:
 def _libraries(given: Given, placed: Placed) -> float:
     if placed.role == "rollout" and given.config.generation is not None:
         return memory.LIBRARIES[given.config.generation.engine]
-    loads_torch = placed.role in ("trainer", "reference") or (placed.role == "reward" and given.models.judges)
-    return memory.LIBRARIES["trainer" if loads_torch else "plain"]
+    if placed.role == "trainer":
+        return memory.LIBRARIES[given.config.learner.engine]
+    loads_torch = placed.role == "reference" or (placed.role == "reward" and given.models.judges)
+    return memory.LIBRARIES["torch" if loads_torch else "plain"]
 
 
 def _parts(given: Given, placed: Placed, arithmetic: Batches, *, on_gpu: bool) -> list[Part]:
@@ -129,7 +131,7 @@ def _parts(given: Given, placed: Placed, arithmetic: Batches, *, on_gpu: bool) -
     tokens = arithmetic.largest_microbatch_tokens
     predictions = _predictions(given.lengths, tokens)
     if placed.role == "trainer":
-        return _trainer_parts(given, arithmetic.ranks, tokens, predictions, foreach=on_gpu)
+        return _trainer_parts(given, arithmetic.ranks, tokens, predictions, gpu=on_gpu)
     if placed.role == "rollout":
         return _engine_parts(given, given.gpu if on_gpu else None)
     budget = min(config.learner.tokens_per_microbatch, _group_tokens(given))
@@ -145,12 +147,12 @@ def _parts(given: Given, placed: Placed, arithmetic: Batches, *, on_gpu: bool) -
     return []
 
 
-def _trainer_parts(given: Given, ranks: int, tokens: int, predictions: int, *, foreach: bool) -> list[Part]:
+def _trainer_parts(given: Given, ranks: int, tokens: int, predictions: int, *, gpu: bool) -> list[Part]:
     config, models = given.config, given.models
     recompute = config.model.gradient_checkpointing
     sequence = given.lengths.prompt + given.lengths.mean
     scores = 0 if config.model.attention != "eager" else sequence
-    setting = memory.Passes(tokens, predictions, scores, recompute, foreach)
+    setting = memory.Passes(tokens, predictions, scores, recompute, gpu)
     parts = memory.trainer_parts(models.policy, config.model.lora, config.learner, ranks, setting)
     if models.critic is not None:
         parts += memory.critic_parts(models.critic, config.learner, ranks, setting)
@@ -166,7 +168,8 @@ def _engine_parts(given: Given, gpu: Device | None) -> list[Part]:
         sequence = given.lengths.prompt + given.lengths.longest
         samples = config.algorithm.samples_per_prompt
         return memory.transformers_parts(shape, given.sampler_dtype, samples, sequence, published)
-    return memory.vllm_parts(shape, generation, given.sampler_dtype, published, None if gpu is None else gpu.memory)
+    sequence = given.lengths.prompt + given.lengths.longest
+    return memory.vllm_parts(shape, generation, given.sampler_dtype, published, sequence, gpu.memory if gpu else None)
 
 
 def _predictions(lengths: Lengths, tokens: int) -> int:
@@ -250,10 +253,10 @@ def cached_sequences(given: Given, device: Device) -> int:
     """How many sequences of full length vLLM's cache holds, at least one."""
     generation, shape = given.config.generation, given.models.policy
     assert generation is not None  # asked of a run with engines
-    parts = memory.vllm_parts(shape, generation, given.sampler_dtype, 0.0, device.memory)
+    sequence = given.lengths.prompt + given.lengths.longest
+    parts = memory.vllm_parts(shape, generation, given.sampler_dtype, 0.0, sequence, device.memory)
     cache = sum(part.size for part in parts if part.name == "KV cache")
-    sequence = (given.lengths.prompt + given.lengths.longest) * memory.cache_bytes(shape, given.sampler_dtype)
-    return max(1, int(cache // sequence))
+    return max(1, int(cache // (sequence * memory.cache_bytes(shape, given.sampler_dtype))))
 
 
 def _judge_seconds(given: Given, arithmetic: Batches) -> float:
