@@ -77,8 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def rows_to_train_on(config: RunConfig) -> int:
-    """Rows of an epoch: all but the held-out prompts and what cannot be learnt from. No tokenizer is loaded, so that rows
-    over the limits on length are not left out. Raises BadInput when nothing is left."""
+    """Rows of an epoch: all but the held-out prompts and what cannot be learnt from. Raises BadInput when none is left.
+
+    No tokenizer is loaded, so that rows over the limits on length are counted."""
     records = load_rows(config.data)
     if config.records == "prompts":
         keys = [key_of(content_of(record, config.data.prompt_column)) for record in records]

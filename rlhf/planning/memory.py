@@ -20,7 +20,7 @@ GIB, MIB = 1 << 30, 1 << 20
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # Float32 arrays of logits that exist together while a chunk's log-probabilities are differentiated; while it is scored.
 LOGIT_COPIES_TRAINING, LOGIT_COPIES_FORWARD = 4, 3
-# vLLM keeps what its largest batch of prompt tokens takes; of each logit its sampler has about five float32 and an int64.
+# vLLM keeps what its largest batch of prompt tokens takes; of each logit its sampler has five float32 and an int64.
 PROMPT_TOKENS_PER_STEP, SAMPLER_BYTES = 4096, 28
 # Resident memory of a process with its libraries and the tiny model, measured on this lock (docs/plan.md).
 LIBRARIES = {
@@ -85,9 +85,10 @@ def sharded(parameters: float, *, weights: int, gradients: int, masters: int, st
 def training(trained: float, frozen: float, learner: LearnerConfig, ranks: int, *, gpu: bool) -> tuple[States, float]:
     """What a rank holds of a model of which some parameters are trained, and what a pass adds for their gradients.
 
-    ZeRO 1 to 3 gather gradients in a bucket, which a GPU reserves whole and a CPU as far as it is filled; in bfloat16
-    ZeRO 2 and 3 add a float32 copy of it. ZeRO 3 gathers parameters as well. In bfloat16 AdamW has float32 masters. In float32 the parameters are the masters, but ZeRO 1 to 3 keep a copy of
-    their share. Gradients are accumulated in float32, but for ZeRO 0 in bfloat16.
+    In bfloat16 AdamW has float32 masters. In float32 the parameters are the masters, but ZeRO 1 to 3 keep a copy of
+    their share. Gradients are accumulated in float32, but for ZeRO 0 in bfloat16. ZeRO 1 to 3 gather them in a bucket,
+    which a GPU reserves whole and a CPU as far as it is filled; in bfloat16 ZeRO 2 and 3 add a float32 copy of what is
+    in it. ZeRO 3 gathers parameters as well.
     """
     width = WIDTH[learner.dtype]
     reduced = learner.dtype == "bfloat16"
@@ -227,8 +228,8 @@ def cache_bytes(shape: Shape, dtype: Dtype) -> int:
 def vllm_parts(
     shape: Shape, generation: GenerationConfig, dtype: Dtype, published: float, sequence: int, memory: float | None
 ) -> list[Part]:
-    """An engine of vLLM. published, bytes of a version; sequence, the longest one in tokens; memory, of its GPU; None on
-    a CPU, where a tied head is packed beside the embedding and the cache is as large as it is said to be.
+    """An engine of vLLM. published, bytes of a version; sequence, the longest one in tokens; memory, of its GPU; None
+    on a CPU, where a tied head is packed beside the embedding and the cache is as large as it is said to be.
 
     On a GPU vLLM takes gpu_memory_fraction of it, and what weights and passes leave is cache.
     """
