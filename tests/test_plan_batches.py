@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rlhf.algorithms.table import build
-from rlhf.buffer.store import ExperienceBuffer
 from rlhf.cli.main import main
 from rlhf.config import RunConfig
-from rlhf.experience import Group, Row
+from rlhf.config_file import load_run
+from rlhf.experience import OLD_LOGPROBS, Columns, Group, Row
 from rlhf.learner import learner as learner_module
 from rlhf.learner.build import build_policy
 from rlhf.learner.learner import PolicyLearner
@@ -113,32 +113,13 @@ def test_a_run_passes_and_steps_as_often_as_planned(
         <= planned["microbatches_per_optimizer_step"]
     )
     assert f"{planned['prompts_in_data']} " in trained  # "176 prompts to train on", as the run counts them
-    assert groups_trained(tmp_path / "run") == planned["prompts_used"] + 2 * planned["rows_of_data_per_step"]
-    exact = resolved(tmp_path / "run")
+    assert main(["verify", str(tmp_path / "run"), "--json"]) == 0
+    ledger = json.loads(capsys.readouterr().out)["ledger"]
+    assert ledger["trained"] == planned["prompts_used"] + 2 * planned["rows_of_data_per_step"]
+    exact = load_run(tmp_path / "run" / "config.yaml", [])
     for number, (done, (sampled, rows)) in enumerate(zip(record.steps, record.units, strict=True)):
         expected = optimizer_steps(exact, sampled, rows, 1, number)
         assert [seen(passes) for passes in done] == [said(step) for step in expected]
-
-
-def groups_trained(run_dir: Path) -> int:
-    verdict = json.loads(run_json(["verify", str(run_dir), "--json"]))
-    return int(verdict["ledger"]["trained"])
-
-
-def run_json(arguments: list[str]) -> str:
-    import contextlib
-    import io
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(arguments) == 0
-    return out.getvalue()
-
-
-def resolved(run_dir: Path) -> RunConfig:
-    from rlhf.config_file import load_run
-
-    return load_run(run_dir / "config.yaml", [])
 
 
 @pytest.mark.parametrize("learner", [{"minibatches": 3, "epochs": 2}, {"packing": True}, {"tokens_per_microbatch": 40}])
@@ -161,9 +142,6 @@ def test_each_of_two_ranks_does_what_is_planned_for_it(
     for rank in (0, 1):
         alone = PolicyLearner(config, build(config.algorithm), rank, 2, None)
         alone.setup()
-        needed = [columns for columns in alone.annotate_share(groups)]
-        shared = groups if not needed else [group for group in groups if group.prompt.id < 0]
-        assert not shared or shared is groups
         alone.update(alone.prepare(with_old_logprobs(groups)))
     expected = optimizer_steps(config, *record.units[0], 2, 0)
     for first, second, planned in zip(*record.steps, expected, strict=True):
@@ -178,8 +156,6 @@ def test_each_of_two_ranks_does_what_is_planned_for_it(
 
 def with_old_logprobs(groups: list[Group]) -> list[Group]:
     """As `annotate` leaves them; the values do not matter here."""
-    from rlhf.experience import OLD_LOGPROBS, Columns
-
     filled = []
     for group in groups:
         old = [sample.behavior_logprobs for sample in group.samples]
@@ -198,4 +174,3 @@ def test_a_wrong_plan_would_be_seen(tiny_run: Callable[..., RunConfig]) -> None:
     found = [planned(1), planned(2), planned(1, tokens_per_microbatch=50), planned(1, minibatches=2)]
     found += [planned(1, minibatches=2, epochs=2), planned(1, packing=True)]
     assert len({str(steps) for steps in found}) == len(found)
-    assert ExperienceBuffer is not None
