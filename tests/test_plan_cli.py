@@ -221,3 +221,14 @@ def test_parts_of_one_gpu_are_added_up(tmp_path: Path, plan: Callable[..., Any])
         code, printed, _ = plan(ROOT / "configs/rloo_tiny.yaml", *arguments)
         assert (code == 0) == fits, printed
         assert fits or "shared GPUs:" in printed
+
+
+def test_a_cache_that_holds_no_sequence_is_said(tmp_path: Path, plan: Callable[..., Any]) -> None:
+    """On a GPU whose share is filled by the weights, and on a CPU with next to no cache."""
+    small = {**LLAMA3_70B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    roles = cluster(tmp_path, address="auto", trainer={"gpus": 1}, rollout={"gpus": 1}, reference={"gpus": 1})
+    settings = [model(tmp_path / "m", small), "learner.dtype=bfloat16", "generation.gpu_memory_fraction=0.2"]
+    code, printed, _ = plan(ROOT / "configs/rloo_tiny.yaml", *settings, "--cluster", roles, "--gpu", "h100")
+    assert code == 3 and "raise generation.gpu_memory_fraction" in printed
+    code, printed, _ = plan(ROOT / "configs/rloo_tiny.yaml", "generation.cache_gib=0.00001")
+    assert code == 3 and "raise generation.cache_gib" in printed

@@ -148,7 +148,7 @@ def trainer_parts(
         Part("logits", chunk * shape.vocabulary * (4 * LOGIT_COPIES_TRAINING + width % 4), "update", "device"),
         Part("gradient of the embedding", embedding, "update", "device"),
         Part("AdamW's step", _step_bytes(trained, shape, learner, ranks, passes), "step", "device"),
-        Part("published copy", width * shape.parameters, "publish", "host"),
+        Part("published copy (rank 0)", width * shape.parameters, "publish", "host"),
     ]
 
 

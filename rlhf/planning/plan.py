@@ -89,8 +89,12 @@ def make_plan(given: Given) -> Plan:
     """The plan. Raises BadInput for adapters that no layer of the model takes."""
     config, cluster = given.config, given.cluster
     roles = placed_roles(config, cluster)
-    arithmetic = batches(config, cluster.trainer.replicas, given.lengths, given.prompts_in_data)
-    held = tuple(_memory_of(given, placed, arithmetic) for placed in roles)
+    ranks = cluster.trainer.replicas
+    arithmetic = batches(config, ranks, given.lengths, given.prompts_in_data)
+    lengths = given.lengths
+    longest = batches(config, ranks, Lengths(lengths.prompt, lengths.longest, lengths.longest), given.prompts_in_data)
+    tokens = max(arithmetic.largest_microbatch_tokens, longest.largest_microbatch_tokens)
+    held = tuple(_memory_of(given, placed, tokens) for placed in roles)
     published = memory.published_bytes(given.models.policy, config.learner)
     samples = config.records == "prompts"
     stored = (2 if samples else 1) * published
@@ -104,13 +108,14 @@ def make_plan(given: Given) -> Plan:
         object_store=stored,
         update_flops=_update_flops(given, arithmetic),
         time=_time(given, arithmetic),
-        problems=tuple(problems_of(cluster, peaks, stored, given.machine.memory, given.gpu)),
+        problems=(*problems_of(cluster, peaks, stored, given.machine.memory, given.gpu), *_cache_problem(given)),
     )
 
 
-def _memory_of(given: Given, placed: Placed, arithmetic: Batches) -> RoleMemory:
+def _memory_of(given: Given, placed: Placed, tokens: int) -> RoleMemory:
+    """tokens, of the trainer's largest micro-batch."""
     on_gpu = bool(placed.settings.gpus) and given.gpu is not None
-    parts = _parts(given, placed, arithmetic, on_gpu=on_gpu)
+    parts = _parts(given, placed, tokens, on_gpu=on_gpu)
     parts.append(Part("libraries", _libraries(given, placed), "held", "host"))
     device = memory.peak(parts, "device") if on_gpu else 0.0
     host = memory.peak(parts, "host" if on_gpu else None)
@@ -126,12 +131,11 @@ def _libraries(given: Given, placed: Placed) -> float:
     return memory.LIBRARIES["torch" if loads_torch else "plain"]
 
 
-def _parts(given: Given, placed: Placed, arithmetic: Batches, *, on_gpu: bool) -> list[Part]:
+def _parts(given: Given, placed: Placed, tokens: int, *, on_gpu: bool) -> list[Part]:
     config, models = given.config, given.models
-    tokens = arithmetic.largest_microbatch_tokens
     predictions = _predictions(given.lengths, tokens)
     if placed.role == "trainer":
-        return _trainer_parts(given, arithmetic.ranks, tokens, predictions, gpu=on_gpu)
+        return _trainer_parts(given, placed.replicas, tokens, predictions, gpu=on_gpu)
     if placed.role == "rollout":
         return _engine_parts(given, given.gpu if on_gpu else None)
     budget = min(config.learner.tokens_per_microbatch, _group_tokens(given))
@@ -150,7 +154,7 @@ def _parts(given: Given, placed: Placed, arithmetic: Batches, *, on_gpu: bool) -
 def _trainer_parts(given: Given, ranks: int, tokens: int, predictions: int, *, gpu: bool) -> list[Part]:
     config, models = given.config, given.models
     recompute = config.model.gradient_checkpointing
-    sequence = given.lengths.prompt + given.lengths.mean
+    sequence = given.lengths.prompt + given.lengths.longest
     scores = 0 if config.model.attention != "eager" else sequence
     setting = memory.Passes(tokens, predictions, scores, recompute, gpu)
     parts = memory.trainer_parts(models.policy, config.model.lora, config.learner, ranks, setting)
@@ -173,8 +177,8 @@ def _engine_parts(given: Given, gpu: Device | None) -> list[Part]:
 
 
 def _predictions(lengths: Lengths, tokens: int) -> int:
-    """Completion tokens among those of a micro-batch."""
-    return max(1, round(tokens * lengths.mean / (lengths.prompt + lengths.mean)))
+    """Completion tokens among those of a micro-batch of the longest rows."""
+    return max(1, round(tokens * lengths.longest / (lengths.prompt + lengths.longest)))
 
 
 def _group_tokens(given: Given) -> int:
@@ -245,18 +249,33 @@ def _decoding(given: Given, arithmetic: Batches) -> times.Decoding | None:
         at_once = config.algorithm.samples_per_prompt
         one = times.decoding(shape, memory.WIDTH[dtype], device, dtype, at_once, at_once, given.lengths)
         return times.repeated(one, prompts)
-    at_once = min(generation.max_sequences, cached_sequences(given, device))
+    at_once = max(1, min(generation.max_sequences, cached_sequences(given, device)))
     return times.decoding(shape, memory.WIDTH[dtype], device, dtype, samples, at_once, given.lengths)
 
 
 def cached_sequences(given: Given, device: Device) -> int:
-    """How many sequences of full length vLLM's cache holds, at least one."""
+    """How many sequences of full length vLLM's cache holds."""
     generation, shape = given.config.generation, given.models.policy
     assert generation is not None  # asked of a run with engines
     sequence = given.lengths.prompt + given.lengths.longest
     parts = memory.vllm_parts(shape, generation, given.sampler_dtype, 0.0, sequence, device.memory)
     cache = sum(part.size for part in parts if part.name == "KV cache")
-    return max(1, int(cache // (sequence * memory.cache_bytes(shape, given.sampler_dtype))))
+    return int(cache // (sequence * memory.cache_bytes(shape, given.sampler_dtype)))
+
+
+def _cache_problem(given: Given) -> list[str]:
+    """vLLM does not start where its cache cannot hold one sequence."""
+    generation = given.config.generation
+    if generation is None or generation.engine != "vllm":
+        return []
+    device = given.device_of(given.cluster.rollout)
+    if cached_sequences(given, device) > 0:
+        return []
+    key = "gpu_memory_fraction" if device.memory is not None else "cache_gib"
+    return [
+        f"rollout: vLLM's cache cannot hold one sequence of {given.lengths.prompt + given.lengths.longest} tokens "
+        f"beside the weights; raise generation.{key}"
+    ]
 
 
 def _judge_seconds(given: Given, arithmetic: Batches) -> float:
