@@ -90,7 +90,7 @@ def test_a_run_passes_and_steps_as_often_as_planned(
 ) -> None:
     """Two steps of a whole run in this process; RLOO, PPO with rows of data beside it, and DPO on preferences."""
     config = str(ROOT / "configs" / name)
-    settings = ["loop.num_steps=2", "loop.groups_per_step=5", "learner.engine=torch", *RUNS[name]]
+    settings = ["loop.num_steps=2", "loop.groups_per_step=5", "data.heldout=2", "learner.engine=torch", *RUNS[name]]
     if name != "dpo_tiny.yaml":
         settings += ["generation.engine=transformers", "generation.max_new_tokens=7"]
     assert main(["plan", config, *settings, "--json"]) == 0

@@ -86,6 +86,7 @@ def measured(config: dict[str, Any], role: str, prompt: int, completion: int) ->
     """Bytes: the peak of a process of its own, which does two steps."""
     order = {"config": config, "role": role, "prompt": prompt, "completion": completion}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over generation.cache_gib
     script = str(Path(__file__).with_name("measured_memory.py"))
     command = [sys.executable, script, json.dumps(order)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -106,13 +107,13 @@ def measured(config: dict[str, Any], role: str, prompt: int, completion: int) ->
     ],
 )
 def test_smollm2_takes_the_memory_that_was_planned(role: str, learner: dict[str, Any]) -> None:
-    """Within 20 %, real torch, DeepSpeed and vLLM. The cache is small enough to be filled: it is resident as far as it
-    was used."""
-    prompt, completion = (64, 64) if role == "trainer" else (200, 40)
-    cache = 0.09 if learner["dtype"] == "bfloat16" else 0.18
-    whole = measured(run_file("smollm2", learner, cache, prompt, completion), role, prompt, completion)
-    libraries = measured(run_file("tiny", learner, cache, prompt, completion), role, prompt, completion)
-    plan = planned(run_file("smollm2", learner, cache, prompt, completion), role, prompt, completion)
+    """Within 20 %, real torch, DeepSpeed and vLLM. vLLM allocates its cache at the start: that of the tiny model is as
+    small as can be."""
+    prompt, completion = (64, 64) if role == "trainer" else (100, 20)
+    config = run_file("smollm2", learner, 0.25, prompt, completion)
+    whole = measured(config, role, prompt, completion)
+    libraries = measured(run_file("tiny", learner, 0.01, prompt, completion), role, prompt, completion)
+    plan = planned(config, role, prompt, completion)
     expected = plan.host_peak - next(part.size for part in plan.parts if part.name == "libraries")
     print(f"{role} {learner}: planned {expected / 2**20:.0f} MiB, measured {(whole - libraries) / 2**20:.0f} MiB, "
           f"libraries {libraries / 2**20:.0f} MiB")  # fmt: skip

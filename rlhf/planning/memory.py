@@ -27,7 +27,7 @@ LIBRARIES = {
     "deepspeed": 640 * MIB,
     "torch": 560 * MIB,
     "transformers": 560 * MIB,
-    "vllm": 1790 * MIB,
+    "vllm": 815 * MIB,
     "plain": 250 * MIB,
 }
 
@@ -249,6 +249,7 @@ def vllm_parts(
         Part("packed head", packed, "held", "device"),
         Part("KV cache", generation.cache_gib * GIB, "held", "device"),
         Part("received copy", published, "load", "device"),
+        Part("embedding, loaded and packed anew", 2 * width * shape.embedding, "load", "device"),
     ]
 
 
