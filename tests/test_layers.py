@@ -26,6 +26,7 @@ BREACHES = [
     ("control", "rlhf/config.py", "import torch.nn", "torch"),
     ("control", "rlhf/experience.py", "import rlhf.ops.kl", "torch"),
     ("control", "rlhf/interfaces.py", "import rlhf.weights", "torch"),
+    ("control", "rlhf/planning/plan.py", "import rlhf.blueprint", "torch"),
     ("library", "rlhf/weights.py", "import ray", "ray"),
     ("library", "rlhf/weights.py", "import actors", "actors"),
     ("library", "rlhf/cli/ownership.py", "import actors", "actors"),
@@ -41,6 +42,7 @@ LIGHT = [
     "rlhf.interfaces",
     "rlhf.loop",
     "rlhf.metrics",
+    "rlhf.planning.plan",
     "rlhf.cli.main",
 ]
 HEAVY = {"torch", "vllm", "ray", "transformers", "deepspeed"}

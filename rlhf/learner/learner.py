@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rlhf import metrics
 from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, RunState, ScoreAlgorithm, mix
-from rlhf.blueprint import needs_old_logprobs
 from rlhf.chaos.points import point
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
@@ -46,6 +45,7 @@ from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
 from rlhf.models.policy import PolicyModel, probe_inputs
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
+from rlhf.passes import needs_old_logprobs
 from rlhf.weights import Probe, Weights, pack, probe_ids
 
 STATE_FILE = "learner.json"
