@@ -85,7 +85,9 @@ def _beside_the_buffer(spec: Mapping[str, Any], cluster: Cluster) -> Iterator[Fa
         yield Fault(field, f"is no JSON: {error}")
         return
     if found != expected:
-        yield Fault(field, f"found {found}; expected {json.dumps(expected)}, the buffer's, which the driver must be beside")
+        yield Fault(
+            field, f"found {found}; expected {json.dumps(expected)}, the buffer's, which the driver must be beside"
+        )
 
 
 def _runtime_env(spec: Mapping[str, Any]) -> Iterator[Fault]:
@@ -127,7 +129,7 @@ def _head(head: Mapping[str, Any], at: str, others: Others) -> Iterator[Fault]:
     for option in ("num-cpus", "num-gpus"):
         found = head.get("rayStartParams", {}).get(option)
         if found != "0":
-            yield Fault(f"{at}.rayStartParams.{option}", f"found {found!r}; expected \"0\": the head runs no work")
+            yield Fault(f"{at}.rayStartParams.{option}", f'found {found!r}; expected "0": the head runs no work')
     if head.get("resources"):
         yield Fault(f"{at}.resources", "the head runs no work: leave it out")
     yield from _pod(head["template"], f"{at}.template", others)

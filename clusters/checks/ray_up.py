@@ -140,6 +140,6 @@ def _containers(found: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("setup_commands", "the token can be read by others; expected chmod 600 ~/.ray/auth_token")
     run_dir = found.get("metadata", {}).get("run_dir")
     if not any(option.startswith("--volume ") and option.endswith(f":{run_dir}") for option in options):
-        yield Fault("docker.run_options", f"metadata.run_dir, {run_dir}, is not mounted; expected --volume HOST:{run_dir}")
-
-
+        yield Fault(
+            "docker.run_options", f"metadata.run_dir, {run_dir}, is not mounted; expected --volume HOST:{run_dir}"
+        )

@@ -10,7 +10,9 @@ SECRET_NAME = re.compile(r"token(?!iz)|secret|password|passwd|credential|api_?ke
 # What has a secret's name and holds none: names of Kubernetes objects, files.
 REFERENCES = re.compile(r"(secretName|secretKeyRef\.\w+|claimName|tokens?_?path)$", re.IGNORECASE)
 # AWS, Hugging Face, GitHub and OpenAI keys, private keys, and what looks like a generated token.
-SECRET_VALUE = re.compile(r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pous]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{32,})\b|BEGIN [A-Z ]*PRIVATE KEY")
+SECRET_VALUE = re.compile(
+    r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pous]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{32,})\b|BEGIN [A-Z ]*PRIVATE KEY"
+)
 
 
 def in_clear(found: Any) -> Iterator[Fault]:
@@ -21,7 +23,9 @@ def in_clear(found: Any) -> Iterator[Fault]:
         is_path = "/" in text or "\n" in text
         by_name = SECRET_NAME.search(last) and not REFERENCES.search(field) and text and not is_path
         if by_name or SECRET_VALUE.search(text):
-            yield Fault(field, "a secret in clear; expected a reference to one: a Secret, a file, a variable of the caller")
+            yield Fault(
+                field, "a secret in clear; expected a reference to one: a Secret, a file, a variable of the caller"
+            )
 
 
 def open_doors(found: Any) -> Iterator[Fault]:

@@ -68,4 +68,6 @@ def _recovery(found: Mapping[str, Any], address: str | None) -> Iterator[Fault]:
     kept = [place for place, mount in mounts.items() if mount.get("mode", "MOUNT") != "COPY"]
     if address is None or not any(Path(address).is_relative_to(place) for place in kept):
         field = "file_mounts"
-        yield Fault(field, f"the cluster file's storage.address, {address}, is below no mounted bucket: {kept or 'none'}")
+        yield Fault(
+            field, f"the cluster file's storage.address, {address}, is below no mounted bucket: {kept or 'none'}"
+        )

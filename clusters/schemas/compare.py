@@ -19,7 +19,9 @@ FOLDER = Path(__file__).resolve().parent
 CLUSTERS = FOLDER.parent
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], all_ours: Mapping[str, Any], at: str) -> Iterator[str]:
+def differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], all_ours: Mapping[str, Any], at: str
+) -> Iterator[str]:
     """Fields of ours that are not theirs, or are of another type or may have other values."""
     ours = _resolved(ours, all_ours)
     if "anyOf" in ours or theirs.get("x-kubernetes-int-or-string") or not theirs:
