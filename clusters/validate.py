@@ -1,7 +1,7 @@
-"""Checks every file in this folder without a cluster: `make validate-clusters`, or `python -m clusters.validate [FILE ...]`.
+"""Checks every file in this folder without a cluster: `make validate-clusters`, or `python -m clusters.validate FILE`.
 
-A file is held against the schema of its kind, closed, so that a misspelt key is a fault, and against rules for what schemas
-leave free (checks/). One line a fault, with the file and the field; the exit code is 1 when there is one.
+A file is held against the schema of its kind, closed, so that a misspelt key is a fault, and against rules for what
+schemas leave free (checks/). One line a fault, with the file and the field; the exit code is 1 when there is one.
 docs/clusters.md says what is checked and what cannot be.
 """
 

@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
 
 def documents(path: Path) -> list[Any]:
-    """The documents of a YAML file. Raises BadInput with the file for what is no YAML, and for a key that stands twice."""
+    """The documents of a YAML file. Raises BadInput with the file for what is no YAML, or has a key twice."""
     parts = re.split(r"^---[ \t]*$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [document for part in parts if (document := parse(part, str(path))) is not None]
 

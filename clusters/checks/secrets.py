@@ -11,7 +11,8 @@ SECRET_NAME = re.compile(r"token(?!iz)|secret|password|passwd|credential|api_?ke
 REFERENCES = re.compile(r"(secretName|secretKeyRef\.\w+|claimName|tokens?_?path)$", re.IGNORECASE)
 # AWS, Hugging Face, GitHub and OpenAI keys, private keys, and what looks like a generated token.
 SECRET_VALUE = re.compile(
-    r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pous]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{32,})\b|BEGIN [A-Z ]*PRIVATE KEY"
+    r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pous]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{32,})\b"
+    r"|BEGIN [A-Z ]*PRIVATE KEY"
 )
 
 

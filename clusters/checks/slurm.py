@@ -1,7 +1,7 @@
 """Rules for the Slurm script: how it starts, its token, how it ends, and whether its nodes hold the cluster file."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from clusters.checks.commands import cluster_file, run_command
 from clusters.checks.documents import Fault
@@ -29,20 +29,7 @@ EXAMPLE = {"config": "configs/rloo_smollm2.yaml", "run_dir": "/shared/runs/rloo_
 def faults(text: str) -> Iterator[Fault]:
     yield from syntax("(script)", text)
     options = dict(OPTION.findall(text))
-    for line in re.findall(r"^#SBATCH.*$", text, re.MULTILINE):
-        if not OPTION.fullmatch(line):
-            yield Fault("#SBATCH", f"`{line}`: expected #SBATCH --name=value")
-    for name in options.keys() - KNOWN:
-        yield Fault(f"#SBATCH --{name}", "unknown option")
-    numbers = {}
-    for name in NUMBERS:
-        if not options.get(name, "").isdecimal():
-            yield Fault(f"#SBATCH --{name}", f"found {options.get(name)!r}; expected a whole number")
-        numbers[name] = int(options[name]) if options.get(name, "").isdecimal() else 0
-    if not options.get("signal", "").startswith("B:TERM@"):
-        yield Fault("#SBATCH --signal", f"found {options.get('signal')!r}; expected B:TERM@SECONDS, to save in time")
-    if "requeue" not in options:
-        yield Fault("#SBATCH --requeue", "is missing: a run whose time is up would not go on")
+    yield from _options(text, options)
     code = without_comments(text)
     for line, why in PROMISES.items():
         if line not in code:
@@ -50,16 +37,36 @@ def faults(text: str) -> Iterator[Fault]:
     if not re.search(r"^trap \w+ TERM$", code, re.MULTILINE):
         yield Fault("(script)", "`trap ... TERM` is missing: the run would not be told that its time is up")
     yield from run_command("(script)", code, EXAMPLE, None)
+    yield from _room(code, {name: options.get(name, "") for name in NUMBERS})
+
+
+def _options(text: str, options: Mapping[str, str]) -> Iterator[Fault]:
+    for line in re.findall(r"^#SBATCH.*$", text, re.MULTILINE):
+        if not OPTION.fullmatch(line):
+            yield Fault("#SBATCH", f"`{line}`: expected #SBATCH --name=value")
+    for name in options.keys() - KNOWN:
+        yield Fault(f"#SBATCH --{name}", "unknown option")
+    for name in NUMBERS:
+        if not options.get(name, "").isdecimal():
+            yield Fault(f"#SBATCH --{name}", f"found {options.get(name)!r}; expected a whole number")
+    if not options.get("signal", "").startswith("B:TERM@"):
+        yield Fault("#SBATCH --signal", f"found {options.get('signal')!r}; expected B:TERM@SECONDS, to save in time")
+    if "requeue" not in options:
+        yield Fault("#SBATCH --requeue", "is missing: a run whose time is up would not go on")
+
+
+def _room(code: str, numbers: Mapping[str, str]) -> Iterator[Fault]:
+    """Whether the nodes hold the cluster file."""
     head, others, wrong = ray_nodes("(script)", code)
     yield from wrong
     named = re.search(r"--cluster (\S+)", code)
-    cluster, _ = cluster_file("(script)", named[1] if named else None)
-    if cluster is None or wrong:
+    cluster, _ = cluster_file("(script)", named[1] if named else None)  # a missing one is a fault of the command
+    if named is None or cluster is None or wrong or not all(number.isdecimal() for number in numbers.values()):
         return
     machine = {"CPU": float(numbers["cpus-per-task"]), "GPU": float(numbers["gpus-per-node"])}
     kinds = [
         Kind("first node", {**machine, **head}, 1),
-        Kind("other nodes", {**machine, **others}, max(0, numbers["nodes"] - 1)),
+        Kind("other nodes", {**machine, **others}, max(0, int(numbers["nodes"]) - 1)),
     ]
     for fault in missing_room(cluster, kinds):
-        yield Fault("#SBATCH --nodes", f"{named[1] if named else ''}: {fault.field}: {fault.text}")
+        yield Fault("#SBATCH --nodes", f"{named[1]}: {fault.field}: {fault.text}")

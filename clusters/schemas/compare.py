@@ -3,8 +3,8 @@
     python -m clusters.schemas.compare kuberay ray.io_rayclusters.yaml ray.io_rayjobs.yaml
     python -m clusters.schemas.compare skypilot          # where SkyPilot is installed
 
-KubeRay's are in its repository, ray-operator/config/crd/bases, at the tag of the version. A field of ours that they do not have,
-or have with another type or other values, is printed, and whatever they refuse in our files; the exit code is 1 then.
+KubeRay's are in its repository, ray-operator/config/crd/bases, at the tag of the version. What is printed are fields of
+ours that they do not have, or have with another type or other values, and whatever they refuse in our files.
 """
 
 import sys
