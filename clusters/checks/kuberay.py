@@ -160,7 +160,8 @@ def _groups(groups: Sequence[Mapping[str, Any]], at: str, others: Others) -> Ite
 def _spot_first(groups: Sequence[Mapping[str, Any]], at: str) -> Iterator[Fault]:
     """Engines go to spot nodes first, by priority, and nothing else does."""
     where = [group["template"]["spec"].get("nodeSelector", {}).get(CAPACITY) for group in groups]
-    first, fallback = [], []
+    first: list[int] = []
+    fallback: list[int] = []
     for index, (group, capacity) in enumerate(zip(groups, where, strict=True)):
         if capacity not in ("spot", "on-demand"):
             field = f"{at}[{index}].template.spec.nodeSelector.{CAPACITY}"
