@@ -308,6 +308,11 @@ RAY = 'case "$*" in start*) trap "kill %1; exit 0" TERM; sleep 600 & wait;; esac
 SRUN = 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"'
 
 
+def until_called(tmp_path: Path, word: str) -> str:
+    """A line that waits until a stand-in was called with this word: what a script starts behind itself comes later."""
+    return f"until grep -q -e {word} {tmp_path}/calls; do sleep 0.05; done"
+
+
 def slurm(programs: Programs, tmp_path: Path, rlhf: str) -> "subprocess.Popen[str]":
     """The Slurm script with two nodes, on stand-ins; rlhf, what the run does."""
     hosts = 'case "$1" in show) echo localhost; echo other;; esac'
@@ -327,7 +332,7 @@ def slurm(programs: Programs, tmp_path: Path, rlhf: str) -> "subprocess.Popen[st
 def test_the_slurm_script_ends_with_the_code_of_the_run_and_leaves_no_token(programs: Programs, tmp_path: Path) -> None:
     """Head and other node come up; the run sees a token file that only its user can read."""
     look = f'stat -c %a "$RAY_AUTH_TOKEN_PATH" >"{tmp_path}/mode"; wc -c <"$RAY_AUTH_TOKEN_PATH" >>"{tmp_path}/mode"'
-    both = f"until grep -q -e --head {tmp_path}/calls && grep -q rollout {tmp_path}/calls; do sleep 0.05; done"
+    both = f"{until_called(tmp_path, '--head')}; {until_called(tmp_path, 'rollout')}"
     process = slurm(programs, tmp_path, f"{look}; {both}; exit 4")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 4, output
@@ -359,7 +364,7 @@ def test_the_skypilot_script_runs_on_both_kinds_of_nodes(
     """Node 0 has head and run and ends with the run's code; the others join and end well when the head is gone."""
     task = yaml.safe_load((HERE / "skypilot" / f"{name}.yaml").read_text())
     joins = 'case "$*" in *--address*--block) exit 1;; esac'  # so ends a node whose head has gone
-    environment = programs({"ray": f"{joins}\n{RAY}", "rlhf": "exit 3"})
+    environment = programs({"ray": f"{joins}\n{RAY}", "rlhf": f"{until_called(tmp_path, '--head')}; exit 3"})
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": rank, **task["envs"]}
     command = ["bash", "-c", task["run"]]
     ended = subprocess.run(
