@@ -22,6 +22,7 @@ PROMISES = {
     "RAY_AUTH_TOKEN_PATH=": "the token belongs in a file, not on a command line",
     "scontrol requeue": "a run that was interrupted must be queued again",
 }
+DEFAULT_CLUSTER = re.compile(r"^cluster=\$\{CLUSTER:-(\S+)\}$", re.MULTILINE)
 # The script's arguments, as in the example at its top.
 EXAMPLE = {"config": "configs/rloo_smollm2.yaml", "run_dir": "/shared/runs/rloo_smollm2", "@": ""}
 
@@ -36,8 +37,12 @@ def faults(text: str) -> Iterator[Fault]:
             yield Fault("(script)", f"`{line}` is missing: {why}")
     if not re.search(r"^trap \w+ TERM$", code, re.MULTILINE):
         yield Fault("(script)", "`trap ... TERM` is missing: the run would not be told that its time is up")
-    yield from run_command("(script)", code, EXAMPLE, None)
-    yield from _room(code, {name: options.get(name, "") for name in NUMBERS})
+    named = DEFAULT_CLUSTER.search(code)
+    if named is None:
+        yield Fault("(script)", "cluster=${CLUSTER:-FILE} is missing: no cluster file is named")
+        return
+    yield from run_command("(script)", code, {**EXAMPLE, "cluster": named[1]}, None)
+    yield from _room(code, named[1], {name: options.get(name, "") for name in NUMBERS})
 
 
 def _options(text: str, options: Mapping[str, str]) -> Iterator[Fault]:
@@ -55,13 +60,12 @@ def _options(text: str, options: Mapping[str, str]) -> Iterator[Fault]:
         yield Fault("#SBATCH --requeue", "is missing: a run whose time is up would not go on")
 
 
-def _room(code: str, numbers: Mapping[str, str]) -> Iterator[Fault]:
+def _room(code: str, name: str, numbers: Mapping[str, str]) -> Iterator[Fault]:
     """Whether the nodes hold the cluster file."""
     head, others, wrong = ray_nodes("(script)", code)
     yield from wrong
-    named = re.search(r"--cluster (\S+)", code)
-    cluster, _ = cluster_file("(script)", named[1] if named else None)  # a missing one is a fault of the command
-    if named is None or cluster is None or wrong or not all(number.isdecimal() for number in numbers.values()):
+    cluster, _ = cluster_file("(script)", name)  # a missing one is a fault of the command
+    if cluster is None or wrong or not all(number.isdecimal() for number in numbers.values()):
         return
     machine = {"CPU": float(numbers["cpus-per-task"]), "GPU": float(numbers["gpus-per-node"])}
     kinds = [
@@ -69,4 +73,4 @@ def _room(code: str, numbers: Mapping[str, str]) -> Iterator[Fault]:
         Kind("other nodes", {**machine, **others}, max(0, int(numbers["nodes"]) - 1)),
     ]
     for fault in missing_room(cluster, kinds):
-        yield Fault("#SBATCH --nodes", f"{named[1]}: {fault.field}: {fault.text}")
+        yield Fault("#SBATCH --nodes", f"{name}: {fault.field}: {fault.text}")
