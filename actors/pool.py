@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,7 +15,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from actors import placement, waiting
-from actors.worker import Errand, Phase, Worker, cause_of_death
+from actors.capacity import in_words, taken_by
+from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death
 from rlhf.errors import ActorDied, NoCapacity, RunFailed, WorkerLost
 from rlhf.interfaces import Handle, Published, Replacements, Result, Task
 from rlhf.weights import Receipt
@@ -27,22 +27,6 @@ DRAIN_POLL_S = 2.0
 NOTE_EVERY_S = 10.0
 LOOKED_AWAY_S = 1.0  # a longer pause between two looks was this process's own, and is held against nobody
 QUEUED = 2  # tasks that a worker without weights holds at a time: one to work on, one to go on with
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSpec:
-    """A role's pool in plain values. `needed` of `size` workers must be up for the run to start; `asks_for` says in
-    words what each takes; `silence_s` is how long one that holds work may show nothing."""
-
-    role: str
-    size: int
-    needed: int
-    takes_weights: bool
-    asks_for: str
-    silence_s: float
-    wait_timeout_s: float
-    placement_timeout_s: float
-    max_restarts: int
 
 
 class ActorWorkers:
@@ -68,9 +52,10 @@ class ActorWorkers:
         now = time.monotonic()
         self._looked = self._drains_looked = self._last_up = self._last_placed = self._told = now
         self._started = False  # whether enough workers were up once
+        self._holds_to_deadline = False  # the wait for the first places is its owner's (placement.wait_for_places)
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._workers = [self._new_worker(slot) for slot in range(spec.size)]
+        self._workers = [self._new_worker(slot) for slot in range(spec.needed)]
         self._thread = threading.Thread(target=self._look_after, name=f"pool of {spec.role}", daemon=True)
         self._thread.start()
 
@@ -79,14 +64,27 @@ class ActorWorkers:
     def wait_until_up(self) -> None:
         """Until enough workers are set up for the run to start. Raises what their set-up raised, NoCapacity where they
         find no room."""
+        self._last_placed, self._holds_to_deadline = time.monotonic(), True
         while True:
             with self._changed:
                 self._raise_failure()
                 if self._count("without weights", "ready") >= self._spec.needed:
-                    self._started = True
+                    if not self._started:  # the others must not take the places of what the run cannot do without
+                        self._started = True
+                        self._workers += [self._new_worker(slot) for slot in range(self._spec.needed, self._spec.size)]
                     return
                 self._changed.wait(POLL_S)
             self._tell_notes()
+
+    def claim(self) -> placement.Claim:
+        """What the run cannot start without."""
+        return placement.Claim(self._spec.role, self._spec.resources, self._spec.needed, self._placed)
+
+    def _placed(self) -> int:
+        with self._changed:
+            self._raise_failure()
+            workers = list(self._workers)
+        return sum(worker.place is not None or placement.has_place(worker.actor) for worker in workers)
 
     def submit(self, task: Task, worker: str | None) -> None:
         with self._changed:
@@ -374,7 +372,7 @@ class ActorWorkers:
         """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""
         now = time.monotonic()
         placed = sum(worker.place is not None for worker in self._workers)
-        if placed >= (1 if self._started else self._spec.needed):
+        if placed >= (1 if self._started else self._spec.needed) or not self._holds_to_deadline:
             self._last_placed = now
         up = any(worker.joined or worker.phase == "without weights" for worker in self._workers if not worker.leaving)
         if up or not self._started:
@@ -387,8 +385,8 @@ class ActorWorkers:
         if now - self._last_placed > self._spec.placement_timeout_s:
             raise NoCapacity(
                 f"{self._spec.role}: too few workers have found a place for {now - self._last_placed:.0f} s; each "
-                f"asks for {self._spec.asks_for}; the cluster has {placement.supply()}. The same command goes on "
-                "with the run"
+                f"asks for {in_words(taken_by(self._spec.resources))}; the cluster has {placement.supply()}. The same "
+                "command goes on with the run"
             )
 
     def _is_busy(self) -> bool:

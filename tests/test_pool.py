@@ -19,6 +19,7 @@ import pytest
 from rlhf.admission import Demand
 from rlhf.buffer.audit import ExperienceView, verify
 from rlhf.buffer.store import ExperienceBuffer
+from rlhf.cluster import Role
 from rlhf.config import LoopConfig
 from rlhf.errors import NoCapacity, RunFailed
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
@@ -156,7 +157,8 @@ class Bench:
         import ray
 
         from actors.judge import JudgeActor
-        from actors.pool import ActorWorkers, PoolSpec
+        from actors.pool import ActorWorkers
+        from actors.worker import PoolSpec
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self.folder, self.notes = folder, []
@@ -169,7 +171,9 @@ class Bench:
         judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
-            return PoolSpec(role, size, needed, takes_weights, "spot: 1", SILENCE_S, 60.0, 60.0, 3)
+            return PoolSpec(
+                role, size, needed, takes_weights, Role(cpus=0, resources=dict(resources)), SILENCE_S, 60.0, 60.0, 3
+            )
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),

@@ -1,0 +1,144 @@
+"""Runs on Ray clusters of several nodes on this machine: real raylets, the real command line.
+
+Not covered: nodes that are other machines (test_cluster_hosts.py), an autoscaler (test_cluster_autoscaler.py), GPUs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray_nodes import Nodes, Run, ledger, policy, rlhf, workplace
+
+NO_CAPACITY = 3
+INTERRUPTED = 130
+SMALL = {role: {"cpus": 0.1} for role in ("reference", "reward", "buffer")}
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    cluster = Nodes(tmp_path / "ray.log")
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts runs in one folder; nothing of them outlives the test."""
+    folder, runs = workplace(tmp_path), []
+
+    def build(cluster: Mapping[str, Any], name: str, *settings: str) -> Run:
+        runs.append(Run(folder, cluster, name, *settings))
+        return runs[-1]
+
+    yield build
+    for run in runs:
+        run.end()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_too_big_ends_with_3_and_says_why_and_one_that_must_wait_runs(
+    nodes: Nodes, start: Callable[..., Run]
+) -> None:
+    """Two nodes of two CPUs. Three CPUs for one engine: the sum would do, no node does. Then the engine needs a
+    resource that no node has: one run gives up at its deadline, the other one gets the node."""
+    nodes.add("head", 2)
+    nodes.add("other", 2)
+    joined = {"address": nodes.address, "threads_per_role": 1, "trainer": {"cpus": 0.1}, **SMALL}
+    wide = start({**joined, "placement_timeout_s": 6, "rollout": {"cpus": 3}}, "wide")
+    said = wide.wait(NO_CAPACITY)
+    assert "no single node holds one rollout (CPU: 3), though all together would; they have CPU: 2." in said
+    assert "1 of 1 rollout" in said and "What would fit: 1 of 1 trainer" in said
+    assert "waiting for places" in said
+
+    spot = {"rollout": {"cpus": 0.1, "resources": {"spot": 1}}}
+    slow = start({**joined, "placement_timeout_s": 600, **spot}, "slow")
+    never = start({**joined, "placement_timeout_s": 6, **spot}, "never")
+    assert "Missing: spot: asked 1, there are 0" in never.wait(NO_CAPACITY)
+    slow.until(lambda: "Missing: spot: asked 1, there are 0" in slow.said())
+    nodes.add("late", 1, spot=1)
+    slow.wait(0)
+    assert len(slow.rows()) == 2
+
+
+def four_nodes(nodes: Nodes, trainers: float) -> None:
+    """The head, one node for the trainer's ranks, two for an engine each."""
+    nodes.add("head", 2)
+    nodes.add("trainer", 1, trainer=trainers)
+    for name in ("engine-0", "engine-1"):
+        nodes.add(name, 1, engine=1)
+
+
+def cluster_of(address: str, ranks: int) -> dict[str, Any]:
+    return {
+        "address": address,
+        "threads_per_role": 1,
+        "trainer": {"replicas": ranks, "cpus": 0.1, "resources": {"trainer": 1}, "placement": "strict_pack"},
+        "rollout": {"replicas": 2, "min_replicas": 1, "cpus": 0.1, "resources": {"engine": 1}},
+        **SMALL,
+    }
+
+
+def assert_bitwise_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ: {different[:3]}"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_s_node_is_killed_and_four_nodes_end_as_one_process(
+    nodes: Nodes, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Four nodes. A clean ledger, each prompt trained once, and bitwise the parameters of the run in one process."""
+    four_nodes(nodes, 1)
+    run = start(cluster_of(nodes.address, 1), "four", "loop.num_steps=300")
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    nodes.kill("engine-0")
+    run.until(lambda: any(row["faults/workers_left"] + row["faults/workers_died"] for row in run.rows()))
+    run.steps(2)
+    run.process.terminate()
+    run.wait(INTERRUPTED)
+    steps = len(run.rows())
+    assert run.rows()[-1]["sync/engines"] == 1 and not sum(row["faults/restarts"] for row in run.rows())
+    settings = [f"loop.num_steps={steps}", "--cluster", "four.cluster.yaml", "--run-dir", "alone", "--in-process"]
+    rlhf(tmp_path, "run", "plain.yaml", *settings)
+    assert_bitwise_equal(policy(run.run_dir, steps), policy(tmp_path / "alone", steps))
+    assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "alone")["trained"] == steps * 4
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
+    nodes: Nodes, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Two DeepSpeed ranks that must share a node. First an engine's node dies, then theirs: the run waits for another
+    one, says so, builds the ranks again there, and ends bitwise as two ranks on this machine alone, and within rounding
+    as one process. Every node but the head has died at the end."""
+    four_nodes(nodes, 2)
+    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=24", "loop.checkpoint_every=4"]
+    cluster = {**cluster_of(nodes.address, 2), "placement_timeout_s": 900}
+    run = start(cluster, "four", *settings)
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    nodes.kill("engine-0")
+    run.steps(3)
+    nodes.add("engine-2", 1, engine=1)
+    nodes.kill("trainer")
+    run.until(lambda: "waiting for places" in run.said())
+    nodes.add("another", 1, trainer=2)
+    run.until(lambda: any(row["faults/trainer_restarts"] for row in run.rows()))
+    nodes.kill("engine-1")
+    said = run.wait(0)
+    assert run.rows()[-1]["faults/restarts"] == 0 and "trainer alone is built again" in said
+    local = {"threads_per_role": 1, "trainer": {"replicas": 2}, "rollout": {"replicas": 2}}
+    start(local, "local", *settings).wait(0)
+    assert_bitwise_equal(policy(run.run_dir, 24), policy(tmp_path / "local", 24))
+    alone = ["--cluster", "local.cluster.yaml", "--run-dir", "alone", "--in-process"]
+    rlhf(tmp_path, "run", "plain.yaml", *settings, *alone)
+    one, two = policy(tmp_path / "alone", 24), policy(run.run_dir, 24)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5, rtol=1e-3) for name in one)
+    assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "local")["trained"] == 24 * 4
