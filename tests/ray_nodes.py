@@ -196,3 +196,11 @@ def short_folder(name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
+
+
+def seen(name: str, text: str) -> None:
+    """Writes what a long test saw into its place of docs/clusters_tested.md."""
+    page = Path(__file__).parents[1] / "docs" / "clusters_tested.md"
+    before, rest = page.read_text().split(f"<!-- soak: {name} -->", 1)
+    _, after = rest.split("<!-- end -->", 1)
+    page.write_text(f"{before}<!-- soak: {name} -->\n{text}\n<!-- end -->{after}")
