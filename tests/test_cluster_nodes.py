@@ -3,13 +3,16 @@
 Not covered: nodes that are other machines (test_cluster_hosts.py), an autoscaler (test_cluster_autoscaler.py), GPUs.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray_nodes import Nodes, Run, ledger, policy, rlhf, workplace
+from ray_nodes import Nodes, Run, ledger, policy, rlhf, seen, workplace
+
+from rlhf.buffer.schema import FILE_NAME, read_meta, reader
 
 NO_CAPACITY = 3
 INTERRUPTED = 130
@@ -127,10 +130,13 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     nodes.kill("engine-0")
     run.steps(3)
     nodes.add("engine-2", 1, engine=1)
+    before = len(run.rows())
     nodes.kill("trainer")
     run.until(lambda: "waiting for places" in run.said())
+    came = time.monotonic()
     nodes.add("another", 1, trainer=2)
-    run.until(lambda: any(row["faults/trainer_restarts"] for row in run.rows()))
+    run.until(lambda: any(row["faults/trainer_restarts"] for row in run.rows()[before:]))
+    again_s = time.monotonic() - came
     nodes.kill("engine-1")
     said = run.wait(0)
     assert run.rows()[-1]["faults/restarts"] == 0 and "trainer alone is built again" in said
@@ -142,3 +148,60 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     one, two = policy(tmp_path / "alone", 24), policy(run.run_dir, 24)
     assert all(torch.allclose(one[name], two[name], atol=1e-5, rtol=1e-3) for name in one)
     assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "local")["trained"] == 24 * 4
+    seen(
+        "nodes",
+        f"- The node of both ranks killed: they trained again {again_s:.0f} s after another node was there. The end was "
+        "that of two ranks on one machine, bitwise.",
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_drained_node_s_engine_leaves_and_sigterm_on_the_head_saves_for_the_next_try(
+    nodes: Nodes, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """`ray drain-node` for the node of one of two engines: it finishes what it has and leaves, the run goes on with the
+    other one and takes a new node; no prompt is generated twice. SIGTERM to the driver: saved, 130, and the same
+    command ends as one process would. SIGTERM while a run waits for places ends it with 130 too."""
+    four_nodes(nodes, 1)
+    run = start(cluster_of(nodes.address, 1), "drained", "loop.num_steps=300")
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    before, began = len(run.rows()), time.monotonic()
+    nodes.drain("engine-0")
+    run.until(lambda: run.rows()[-1]["sync/engines"] == 1)
+    left_s, without = time.monotonic() - began, len(run.rows()) - before
+    assert "is drained; another is asked for" in run.said()
+    run.steps(3)
+    assert run.rows()[-1]["sync/engines"] == 1, "no engine came back on the drained node"
+    nodes.add("engine-2", 1, engine=1)
+    run.until(lambda: run.rows()[-1]["sync/engines"] == 2)
+    run.process.terminate()
+    run.wait(INTERRUPTED)
+    faults = ["faults/restarts", "faults/workers_died", "faults/workers_hung", "faults/prompts_set_aside"]
+    assert not sum(row[name] for row in run.rows() for name in faults)
+    with reader(run.run_dir / FILE_NAME) as connection:
+        meta = read_meta(connection)
+    assert int(meta["ticket"]) == int(meta["issued"]), "one lease a prompt"
+    saved = len(run.rows())
+    assert (run.run_dir / f"checkpoints/step-{saved:06d}/manifest.json").exists()
+
+    steps = saved + 2
+    again = start(cluster_of(nodes.address, 1), "drained", f"loop.num_steps={steps}")
+    again.wait(0)
+    settings = [f"loop.num_steps={steps}", "--cluster", "drained.cluster.yaml", "--run-dir", "alone", "--in-process"]
+    rlhf(tmp_path, "run", "plain.yaml", *settings)
+    assert_bitwise_equal(policy(run.run_dir, steps), policy(tmp_path / "alone", steps))
+    assert ledger(run.run_dir)["trained"] == steps * 4
+
+    never = start({**cluster_of(nodes.address, 3), "placement_timeout_s": 900}, "never", "learner.engine=deepspeed")
+    never.until(lambda: "waiting for places" in never.said())
+    never.process.terminate()
+    never.wait(INTERRUPTED)
+    seen(
+        "drain",
+        f"- `ray drain-node` for one of two engines' nodes: its engine had left after {left_s:.0f} s, in which "
+        f"{without} steps were done; no prompt was leased twice.\n"
+        "- SIGTERM to the driver: a checkpoint and exit code 130; the same command ended with the parameters of an "
+        "undisturbed run, bitwise.",
+    )
