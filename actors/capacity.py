@@ -1,7 +1,7 @@
 """What actors take, what the nodes of a cluster have, and what of the one fits on the other. Knows no Ray."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.cluster import Ranks, Role
 
@@ -118,6 +118,8 @@ def report(asked: Sequence[Asked], nodes: Sequence[Node]) -> str:
     lacking = missing(asked, nodes)
     if lacking:
         why = f"Missing: {'; '.join(lacking)}"
+    elif _starting(asked, nodes):
+        why = "There is room for what is left: its processes are starting"
     elif all(found[each.name] == each.count for each in asked):
         free = in_words(total([node.free for node in nodes]))
         why = f"All of it would fit on these nodes if nothing else ran there; free now is {free}"
@@ -129,6 +131,13 @@ def report(asked: Sequence[Asked], nodes: Sequence[Node]) -> str:
         f"There {'is 1 node' if len(nodes) == 1 else f'are {len(nodes)} nodes'}: "
         f"{in_words(total([node.has for node in nodes]))}. {why}. What would fit: {fits}"
     )
+
+
+def _starting(asked: Sequence[Asked], nodes: Sequence[Node]) -> bool:
+    """Whether what has no place yet would fit into what nobody uses."""
+    left = [replace(each, count=each.count - each.placed) for each in asked if _waits(each)]
+    found = fitting(left, [replace(node, has=node.free) for node in nodes])
+    return all(found[each.name] == each.count for each in left)
 
 
 def _waits(asked: Asked) -> bool:

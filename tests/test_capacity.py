@@ -64,6 +64,7 @@ def test_what_is_said_of_random_clusters_is_true() -> None:
             "no single node holds all 2 of trainer (CPU: 4)",
         ),
         ([Asked("rollout", Role(cpus=1), 1, 0)], [Node("a", {"CPU": 1}, {"CPU": 0})], "if nothing else ran there"),
+        ([Asked("rollout", Role(cpus=1), 2, 1)], [Node("a", {"CPU": 2}, {"CPU": 1})], "its processes are starting"),
         ([Asked("rollout", Role(cpus=2), 3, 0)], [node(CPU=3)] * 2, "no way was found to place all at once"),
         ([Asked("rollout", Role(cpus=1), 1, 0)], [], "There are 0 nodes: nothing. Missing: CPU: asked 1, there are 0"),
     ],

@@ -148,7 +148,7 @@ def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Aut
         "rollout": {"replicas": ENGINES, "min_replicas": 1, "cpus": 0.1, "resources": {"engine": 1}},
         **{role: {"cpus": 0.1} for role in ("reference", "reward", "buffer")},
     }
-    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=2000"]
+    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=20000"]
     run = Run(workplace(tmp_path), asked, "scaled", *settings)
     try:
         run.until(lambda: len(run.rows()) > 0, 900)

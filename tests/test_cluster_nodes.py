@@ -98,7 +98,7 @@ def test_an_engine_s_node_is_killed_and_four_nodes_end_as_one_process(
 ) -> None:
     """Four nodes. A clean ledger, each prompt trained once, and bitwise the parameters of the run in one process."""
     four_nodes(nodes, 1)
-    run = start(cluster_of(nodes.address, 1), "four", "loop.num_steps=300")
+    run = start(cluster_of(nodes.address, 1), "four", "loop.num_steps=3000")
     run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
     nodes.kill("engine-0")
     run.until(lambda: any(row["faults/workers_left"] + row["faults/workers_died"] for row in run.rows()))
@@ -150,8 +150,8 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "local")["trained"] == 24 * 4
     seen(
         "nodes",
-        f"- The node of both ranks killed: they trained again {again_s:.0f} s after another node was there. The end was "
-        "that of two ranks on one machine, bitwise.",
+        f"- The node of both ranks killed: they trained again {again_s:.0f} s after another node was there. The end "
+        "was that of two ranks on one machine, bitwise.",
     )
 
 
@@ -165,7 +165,7 @@ def test_a_drained_node_s_engine_leaves_and_sigterm_on_the_head_saves_for_the_ne
     other one and takes a new node; no prompt is generated twice. SIGTERM to the driver: saved, 130, and the same
     command ends as one process would. SIGTERM while a run waits for places ends it with 130 too."""
     four_nodes(nodes, 1)
-    run = start(cluster_of(nodes.address, 1), "drained", "loop.num_steps=300")
+    run = start(cluster_of(nodes.address, 1), "drained", "loop.num_steps=3000")
     run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
     before, began = len(run.rows()), time.monotonic()
     nodes.drain("engine-0")
