@@ -26,7 +26,7 @@ from actors.capacity import Asked, Node, in_words, missing, rank_order, report, 
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
 from rlhf.cluster import Cluster, Ranks, Role
-from rlhf.errors import ActorDied, NoCapacity
+from rlhf.errors import ActorDied, BadInput, NoCapacity
 
 POLL_S = 1.0
 PROGRESS_S = 10.0
@@ -99,7 +99,14 @@ def _agree_on_a_token() -> None:
 def _joined(address: str) -> Iterator[None]:
     # Ray's own handler would end this process at a SIGTERM, with exit code 15 and nothing saved.
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise BadInput(
+            f"cluster file: address={address}: no Ray cluster lets this run join: {error}. Expected the address of one "
+            "that runs, and its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; `ray get-auth-token` on the head "
+            "prints it"
+        ) from error
     signal.signal(signal.SIGTERM, before)
     try:
         yield

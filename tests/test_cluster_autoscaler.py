@@ -28,6 +28,8 @@ FAKE = {
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
     "RAY_enable_autoscaler_v2": "0",
 }
+# Its nodes have no addresses of their own, and nobody logs in to set them up.
+ITS_OWN = {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
 
 
 def free_port() -> int:
@@ -54,7 +56,7 @@ class Autoscaled:
             "max_workers": ENGINES + 2,
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": IDLE_S / 60,
-            "provider": {"type": "fake_multinode", "gcs_address": self.address},
+            "provider": {"type": "fake_multinode", "gcs_address": self.address, **ITS_OWN},
             "auth": {"ssh_user": "nobody"},
             "docker": {},
             "file_mounts": {},
