@@ -1,5 +1,6 @@
 """Builds the team of a run as actors, each with the resources of its role, and tears down only what it started."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -226,4 +227,5 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,
+        idle_release_s=role.idle_release_s or math.inf,
     )

@@ -32,7 +32,8 @@ HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
     """A role's pool in plain values. `needed` of `size` workers must be up for the run to start, the others are asked
-    for then; `resources` says what each takes; `silence_s` is how long one that holds work may show nothing."""
+    for then; `resources` says what each takes; `silence_s` is how long one that holds work may show nothing;
+    `idle_release_s`, how long one that is not needed may be without work."""
 
     role: str
     size: int
@@ -43,6 +44,7 @@ class PoolSpec:
     wait_timeout_s: float
     placement_timeout_s: float
     max_restarts: int
+    idle_release_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,11 @@ class Role(Section):
         description="the run starts with so many and takes the others, up to `replicas`, as they find room; null: all. "
         "For rollout, reference and reward",
     )
+    idle_release_s: PositiveFloat | None = Field(
+        default=None,
+        description="with `min_replicas`: those beyond it are let go after so long without work, so that an autoscaler "
+        "can take their nodes, and asked for again when there is work; null: never",
+    )
     cpus: NonNegativeFloat = Field(default=1.0, description="CPUs of each")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each")
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
@@ -28,6 +33,8 @@ class Role(Section):
     def _a_range(self) -> Self:
         if self.min_replicas is not None and self.min_replicas > self.replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than replicas={self.replicas}")
+        if self.idle_release_s is not None and self.min_replicas is None:
+            raise ValueError(f"idle_release_s={self.idle_release_s:g} would do nothing without min_replicas")
         return self
 
     @property

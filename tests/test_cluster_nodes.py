@@ -123,9 +123,9 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     one, says so, builds the ranks again there, and ends bitwise as two ranks on this machine alone, and within rounding
     as one process. Every node but the head has died at the end."""
     four_nodes(nodes, 2)
-    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=24", "loop.checkpoint_every=4"]
+    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.checkpoint_every=10"]
     cluster = {**cluster_of(nodes.address, 2), "placement_timeout_s": 900}
-    run = start(cluster, "four", *settings)
+    run = start(cluster, "four", *settings, "loop.num_steps=3000")
     run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
     nodes.kill("engine-0")
     run.steps(3)
@@ -138,16 +138,19 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     run.until(lambda: any(row["faults/trainer_restarts"] for row in run.rows()[before:]))
     again_s = time.monotonic() - came
     nodes.kill("engine-1")
-    said = run.wait(0)
+    run.steps(3)
+    run.process.terminate()
+    said, steps = run.wait(INTERRUPTED), len(run.rows())
+    settings.append(f"loop.num_steps={steps}")
     assert run.rows()[-1]["faults/restarts"] == 0 and "trainer alone is built again" in said
     local = {"threads_per_role": 1, "trainer": {"replicas": 2}, "rollout": {"replicas": 2}}
     start(local, "local", *settings).wait(0)
-    assert_bitwise_equal(policy(run.run_dir, 24), policy(tmp_path / "local", 24))
+    assert_bitwise_equal(policy(run.run_dir, steps), policy(tmp_path / "local", steps))
     alone = ["--cluster", "local.cluster.yaml", "--run-dir", "alone", "--in-process"]
     rlhf(tmp_path, "run", "plain.yaml", *settings, *alone)
-    one, two = policy(tmp_path / "alone", 24), policy(run.run_dir, 24)
+    one, two = policy(tmp_path / "alone", steps), policy(run.run_dir, steps)
     assert all(torch.allclose(one[name], two[name], atol=1e-5, rtol=1e-3) for name in one)
-    assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "local")["trained"] == 24 * 4
+    assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "local")["trained"] == steps * 4
     seen(
         "nodes",
         f"- The node of both ranks killed: they trained again {again_s:.0f} s after another node was there. The end "

@@ -3,6 +3,7 @@
 Not covered here: real engines and the command line (test_run_replacement.py), nodes that are other machines.
 """
 
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from rlhf.cluster import Role
 from rlhf.config import LoopConfig
 from rlhf.errors import NoCapacity, RunFailed
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Request
+from rlhf.interfaces import Replacements, Request
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.metrics import values as values_of
@@ -153,7 +154,15 @@ class OpeningBuffer(ExperienceBuffer):
 class Bench:
     """A source and a learner in this process, engines and judges as actors on the Ray that runs."""
 
-    def __init__(self, folder: Path, engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engines: int,
+        needed: int,
+        faults: Faults,
+        resources: Mapping[str, float],
+        idle_release_s: float,
+    ) -> None:
         import ray
 
         from actors.judge import JudgeActor
@@ -171,9 +180,8 @@ class Bench:
         judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
-            return PoolSpec(
-                role, size, needed, takes_weights, Role(cpus=0, resources=dict(resources)), SILENCE_S, 60.0, 60.0, 3
-            )
+            takes = Role(cpus=0, resources=dict(resources))
+            return PoolSpec(role, size, needed, takes_weights, takes, SILENCE_S, 60.0, 60.0, 3, idle_release_s)
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),
@@ -231,10 +239,16 @@ def ray_here() -> Iterator[None]:
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     built = []
 
-    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> Bench:
+    def build(
+        engines: int,
+        needed: int,
+        faults: Faults,
+        resources: Mapping[str, float],
+        idle_release_s: float = math.inf,
+    ) -> Bench:
         folder = tmp_path / f"{len(built)}"
         folder.mkdir()
-        built.append(Bench(folder, engines, needed, faults, resources))
+        built.append(Bench(folder, engines, needed, faults, resources, idle_release_s))
         return built[-1]
 
     yield build
@@ -295,6 +309,31 @@ def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_
     source = deadly.source(steps=1, groups=2)
     with pytest.raises(RunFailed, match="rollout-0 was lost 4 times in a row without a result"):
         deadly.train(source, 1, 2, lambda step: None)
+
+
+def test_engines_without_work_are_let_go_and_come_back_with_work(ray_here: None, bench: Callable[..., Bench]) -> None:
+    """One of three is needed. After each step the run has nothing to do until one is left; the next step has all three
+    back while it lasts. Nothing is generated twice, and nobody counts as lost."""
+    faults: Faults = {n: ("long", 1) for n in (6, 7, 8)}
+    team = bench(3, 1, faults, {}, idle_release_s=2.0)
+    source = team.source(steps=2, groups=6)
+    team.wait_for_engines(3)
+    most: list[int] = [0]
+
+    def look() -> None:
+        most[0] = max(most[0], team.rollouts.size())
+
+    def after(step: int) -> None:
+        if step == 0:
+            team.wait_for_engines(1)
+            team.meanwhile = look
+
+    team.train(source, 2, 6, after)
+    notes = "\n".join(team.notes)
+    assert most == [3] and notes.count("is let go after 2 s without work") >= 2, notes
+    assert "there is work again: rollout workers [1, 2] are asked for" in notes
+    assert team.learner.trained == [list(range(6)), list(range(6, 12))]
+    assert team.answers() == Counter(range(12)) and team.rollouts.replaced() == Replacements(0, 0, 0)
 
 
 class Nodes:
