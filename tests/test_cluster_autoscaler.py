@@ -30,6 +30,16 @@ FAKE = {
 }
 # Its nodes have no addresses of their own, and nobody logs in to set them up.
 ITS_OWN = {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
+# Engines have no work while the first group of a step waits for its reward.
+SLOW_REWARD = """
+import time
+from pathlib import Path
+
+def reward(prompts, completions, **columns):
+    while Path("{pause}").exists():
+        time.sleep(0.5)
+    return [float(text.count("e")) for text in completions]
+"""
 
 
 def free_port() -> int:
@@ -139,7 +149,8 @@ def cluster() -> Iterator[Autoscaled]:
 def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Autoscaled, tmp_path: Path) -> None:
     """A head that can hold neither the trainer's two ranks nor an engine. The run waits, for one node that holds both
     ranks and one with an engine; it starts, and takes two more engines as their nodes appear. A node is killed: the run
-    goes on, and another node takes its place. After the run all nodes but the head go. A clean ledger."""
+    goes on, and another node takes its place. While a reward takes its time there is no work for engines: all but one
+    go with their nodes, and come back with the work. After the run all nodes but the head go. A clean ledger."""
     began = time.monotonic()
     cluster.wait_for(1)
     asked = {
@@ -147,11 +158,19 @@ def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Aut
         "threads_per_role": 1,
         "placement_timeout_s": 900,
         "trainer": {"replicas": 2, "cpus": 0.1, "resources": {"trainer": 1}, "placement": "strict_pack"},
-        "rollout": {"replicas": ENGINES, "min_replicas": 1, "cpus": 0.1, "resources": {"engine": 1}},
+        "rollout": {
+            "replicas": ENGINES,
+            "min_replicas": 1,
+            "idle_release_s": 5,
+            "cpus": 0.1,
+            "resources": {"engine": 1},
+        },
         **{role: {"cpus": 0.1} for role in ("reference", "reward", "buffer")},
     }
-    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=20000"]
-    run = Run(workplace(tmp_path), asked, "scaled", *settings)
+    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=20000", "reward.timeout_s=900"]
+    folder = workplace(tmp_path)
+    (folder / "reward.py").write_text(SLOW_REWARD.format(pause=folder / "pause"))
+    run = Run(folder, asked, "scaled", *settings)
     try:
         run.until(lambda: len(run.rows()) > 0, 900)
         first = time.monotonic() - began
@@ -166,7 +185,15 @@ def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Aut
         without = len(run.rows()) - before
         run.until(lambda: run.rows()[-1]["sync/engines"] == ENGINES, 900)
         back = time.monotonic() - taken
-        run.steps(1)
+
+        (folder / "pause").touch()
+        idle_s = cluster.wait_for(1 + 1 + 1)
+        assert run.said().count("is let go after 5 s without work") >= ENGINES - 1
+        (folder / "pause").unlink()
+        work = time.monotonic()
+        run.steps(2, 600)
+        run.until(lambda: run.rows()[-1]["sync/engines"] == ENGINES, 900)
+        again = time.monotonic() - work
         assert not sum(row["faults/restarts"] + row["faults/trainer_restarts"] for row in run.rows())
         run.process.terminate()
         run.wait(130)
@@ -181,6 +208,8 @@ def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Aut
         "s.\n"
         f"- A node taken away: {without} steps later the pool had one engine fewer, {back:.0f} s later its replacement "
         "on a new node was at work.\n"
+        f"- No work for engines: the nodes of all but one were gone after {idle_s:.0f} s (`idle_release_s` 5 s, the "
+        f"autoscaler's time-out {IDLE_S} s), and back at work {again:.0f} s after there was work again.\n"
         f"- {shrunk:.0f} s after the run the head was alone again (idle time-out {IDLE_S} s).\n"
         f"- {len(run.rows())} steps, {counts['trained']} prompts trained once each, lost {counts['lost']}.",
     )

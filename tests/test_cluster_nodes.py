@@ -170,8 +170,8 @@ def test_a_drained_node_s_engine_leaves_and_sigterm_on_the_head_saves_for_the_ne
     four_nodes(nodes, 1)
     run = start(cluster_of(nodes.address, 1), "drained", "loop.num_steps=3000")
     run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
-    before, began = len(run.rows()), time.monotonic()
     nodes.drain("engine-0")
+    before, began = len(run.rows()), time.monotonic()
     run.until(lambda: run.rows()[-1]["sync/engines"] == 1)
     left_s, without = time.monotonic() - began, len(run.rows()) - before
     assert "is drained; another is asked for" in run.said()
