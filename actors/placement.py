@@ -145,14 +145,17 @@ def wait_for_places(
         waited = time.monotonic() - began
         nodes = nodes_that_stay()
         if waited >= timeout_s or (missing(asked, nodes) and not can_grow):
-            raise NoCapacity(f"after {waited:.0f} s the cluster cannot hold the run. {report(asked, nodes)}")
+            raise NoCapacity(
+                f"after {waited:.0f} s the cluster cannot hold the run. {report(asked, nodes)}. Next: add nodes, or "
+                "ask for less in the cluster file; then give the same command again"
+            )
         if waited >= told:
             told = waited + PROGRESS_S
             progress(f"waiting for places ({waited:.0f} of {timeout_s:g} s). {report(asked, nodes)}")
         time.sleep(min(POLL_S, timeout_s - waited))
 
 
-class RankGroup:
+class RankPlaces:
     """The places of a role's ranks: one placement group of Ray, held while ranks die and are started again.
 
     Ray finds other places for those that were on a node that died; until then the group is not whole."""
@@ -176,6 +179,11 @@ class RankGroup:
         table = placement_group_table(self._group)
         found: Mapping[int, str] = table["bundles_to_node_id"]
         return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
+
+    @property
+    def were_taken(self) -> bool:
+        """Whether ranks had these places before."""
+        return bool(self._before)
 
     def renew(self) -> None:
         """Before ranks are started again: gives up places on nodes that are about to go."""

@@ -57,12 +57,12 @@ class _Crew:
         self._closable: list[ActorHandle] = []
         self._actors: list[ActorHandle] = []
         self._pools: list[ActorWorkers] = []
-        self._groups: list[placement.RankGroup] = []
+        self._places: list[placement.RankPlaces] = []
 
-    def reserve(self, role: Ranks) -> placement.RankGroup:
+    def reserve(self, role: Ranks) -> placement.RankPlaces:
         """Asks for the places of a role's ranks, which are held until the crew is dismissed."""
-        self._groups.append(placement.RankGroup(role))
-        return self._groups[-1]
+        self._places.append(placement.RankPlaces(role))
+        return self._places[-1]
 
     def pool(self, spec: PoolSpec, hire: Callable[[str], ActorHandle], note: Callable[[str], None]) -> ActorWorkers:
         """A pool whose workers are of this crew; it looks after them until the crew is dismissed."""
@@ -104,8 +104,8 @@ class _Crew:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
-        for group in self._groups:
-            group.release()
+        for places in self._places:
+            places.release()
 
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
@@ -152,12 +152,12 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
     )
 
 
-def _hire_learner(order: Order, crew: _Crew, seats: placement.RankGroup, trainer: placement.Claim) -> RemoteLearner:
+def _hire_learner(order: Order, crew: _Crew, seats: placement.RankPlaces, trainer: placement.Claim) -> RemoteLearner:
     config, role = order.blueprint.config, order.cluster.trainer
     threads = order.cluster.threads_of(role)
 
     def hire(life: int) -> list[ActorHandle]:
-        if life:
+        if seats.were_taken:
             seats.renew()
             _wait_for_places(order, [trainer])
         if order.stop():
