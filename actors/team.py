@@ -1,5 +1,6 @@
 """Builds the team of a run as actors, each with the resources of its role, and tears down only what it started."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,12 @@ from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
 from actors.judge import JudgeActor
 from actors.policy import PolicyActor, RemoteLearner
-from actors.pool import ActorWorkers, PoolSpec
+from actors.pool import ActorWorkers
 from actors.rollout import RolloutActor
+from actors.worker import PoolSpec
 from rlhf.buffer.schema import FILE_NAME
-from rlhf.cluster import Cluster, Role
+from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.errors import TrainerDied
 from rlhf.experience import REF_LOGPROBS, REWARD
 from rlhf.judges.build import build_reward_judge, longest_call_s
 from rlhf.judges.reference import ReferenceJudge
@@ -41,7 +44,6 @@ def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     with placement.started(order.cluster, roles):
         crew = _Crew(order.cluster)
         try:
-            placement.wait_for_room(roles, order.cluster.placement_timeout_s, order.note)
             yield _build(order, crew)
         finally:
             crew.dismiss()
@@ -55,6 +57,12 @@ class _Crew:
         self._closable: list[ActorHandle] = []
         self._actors: list[ActorHandle] = []
         self._pools: list[ActorWorkers] = []
+        self._places: list[placement.RankPlaces] = []
+
+    def reserve(self, role: Ranks) -> placement.RankPlaces:
+        """Asks for the places of a role's ranks, which are held until the crew is dismissed."""
+        self._places.append(placement.RankPlaces(role))
+        return self._places[-1]
 
     def pool(self, spec: PoolSpec, hire: Callable[[str], ActorHandle], note: Callable[[str], None]) -> ActorWorkers:
         """A pool whose workers are of this crew; it looks after them until the crew is dismissed."""
@@ -62,8 +70,12 @@ class _Crew:
         self._pools.append(pool)
         return pool
 
-    def hire(self, actor_class: Any, role: Role, *arguments: Any, closable: bool) -> ActorHandle:
-        actor = actor_class.options(**placement.options(self._cluster, role)).remote(*arguments)
+    def hire(
+        self, actor_class: Any, role: Role, *arguments: Any, closable: bool, seat: placement.Seat | None = None
+    ) -> ActorHandle:
+        """An actor of a role; seat, where it goes, None for wherever there is room."""
+        options = placement.options(self._cluster, role)
+        actor = actor_class.options(**options, scheduling_strategy=seat or "DEFAULT").remote(*arguments)
         self._actors.append(actor)
         if closable:
             self._closable.append(actor)
@@ -92,16 +104,23 @@ class _Crew:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
+        for places in self._places:
+            places.release()
 
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
-    """Creates all actors at once, waits until each is set up, then puts the team together."""
+    """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
     timeout_s = order.blueprint.config.loop.wait_timeout_s
+    cluster = order.cluster
+    seats = crew.reserve(cluster.trainer)
     buffer = _hire_buffer(order, crew)
-    learner = _hire_learner(order, crew)
     rows = dataset_workers(order)
     engines = [] if rows else [_hire_engines(order, crew)]
     judges = _hire_judges(order, crew)
+    trainer = placement.Claim("trainer", cluster.trainer, cluster.trainer.replicas, seats.placed)
+    ledger = placement.Claim("buffer", cluster.buffer, 1, buffer.placed)
+    _wait_for_places(order, [trainer, ledger, *(pool.claim() for pool in [*engines, *judges.values()])])
+    learner = _hire_learner(order, crew, seats, trainer)
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
@@ -115,24 +134,37 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     return assemble(order, learner, buffer, rows or engines[0], desks)
 
 
+def _wait_for_places(order: Order, claims: Sequence[placement.Claim]) -> None:
+    cluster = order.cluster
+    can_grow = cluster.address != "local"
+    placement.wait_for_places(claims, cluster.placement_timeout_s, order.note, order.stop, can_grow=can_grow)
+
+
 def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
+    """Beside the driver, which reads the same file."""
     arguments = (order.run_dir / FILE_NAME, order.blueprint.judged, None, MAX_ATTEMPTS)
+    role, seat = order.cluster.buffer, placement.beside_the_driver()
     return RemoteBuffer(
-        lambda: crew.hire(BufferActor, order.cluster.buffer, *arguments, closable=True),
+        lambda: crew.hire(BufferActor, role, *arguments, closable=True, seat=seat),
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
     )
 
 
-def _hire_learner(order: Order, crew: _Crew) -> RemoteLearner:
+def _hire_learner(order: Order, crew: _Crew, seats: placement.RankPlaces, trainer: placement.Claim) -> RemoteLearner:
     config, role = order.blueprint.config, order.cluster.trainer
     threads = order.cluster.threads_of(role)
 
     def hire(life: int) -> list[ActorHandle]:
+        if seats.were_taken:
+            seats.renew()
+            _wait_for_places(order, [trainer])
+        if order.stop():
+            raise TrainerDied("the trainer has no place, and the run was asked to stop")
         return [
-            crew.hire(PolicyActor, role, config, rank, role.replicas, threads, life, closable=False)
-            for rank in range(role.replicas)
+            crew.hire(PolicyActor, role, config, rank, role.replicas, threads, life, closable=False, seat=seat)
+            for rank, seat in enumerate(seats.seats())
         ]
 
     return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
@@ -176,6 +208,7 @@ def _raw_rewards(order: Order, crew: _Crew) -> Iterator[ActorWorkers]:
         return hired[-1]
 
     pool = crew.pool(replace(spec, size=1, needed=1), hire, order.note)
+    _wait_for_places(order, [pool.claim()])
     pool.wait_until_up()
     yield pool
     crew.disband(pool, hired)
@@ -189,9 +222,10 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
-        asks_for=placement.asked_by(role),
+        resources=role,
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,
+        idle_release_s=role.idle_release_s or math.inf,
     )
