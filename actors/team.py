@@ -11,9 +11,12 @@ from ray.actor import ActorHandle
 
 from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
+from actors.critic import CriticActor
 from actors.judge import JudgeActor
-from actors.policy import PolicyActor, RemoteLearner
+from actors.learner import RemoteLearner
+from actors.policy import PolicyActor
 from actors.pool import ActorWorkers, PoolSpec
+from actors.ranks import RankGroup
 from actors.rollout import RolloutActor
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Role
@@ -32,6 +35,8 @@ JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
 def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """The team on Ray. Its actors end with it; Ray itself only where it was started here."""
     roles = dict(placement.roles_of(order.cluster))
+    if not order.blueprint.has_critic:
+        del roles["critic"]
     if not order.blueprint.reference_judge:
         del roles["reference"]
     if not order.blueprint.samples:
@@ -105,7 +110,7 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.get(learner.begin_setup(), "setting up the trainer", timeout_s)
+    waiting.gather(learner.begin_setup(), "setting up the trainer", timeout_s, 0.0)
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -126,16 +131,28 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
 
 
 def _hire_learner(order: Order, crew: _Crew) -> RemoteLearner:
-    config, role = order.blueprint.config, order.cluster.trainer
-    threads = order.cluster.threads_of(role)
+    blueprint, cluster = order.blueprint, order.cluster
+    critic = None
+    if blueprint.has_critic:
+        critic = _hire_ranks(order, crew, "critic", CriticActor, cluster.critic)
+    return RemoteLearner(
+        _hire_ranks(order, crew, "policy", PolicyActor, cluster.trainer),
+        critic,
+        blueprint.config.loop.wait_timeout_s,
+        annotates=blueprint.learner_annotates,
+    )
 
-    def hire(life: int) -> list[ActorHandle]:
+
+def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, role: Role) -> RankGroup:
+    config, threads = order.blueprint.config, order.cluster.threads_of(role)
+
+    def hire() -> list[ActorHandle]:
         return [
-            crew.hire(PolicyActor, role, config, rank, role.replicas, threads, life, closable=False)
+            crew.hire(actor_class, role, config, rank, role.replicas, threads, closable=False)
             for rank in range(role.replicas)
         ]
 
-    return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
+    return RankGroup(name, hire, crew.end)
 
 
 def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
