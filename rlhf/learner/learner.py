@@ -80,7 +80,8 @@ class _Drawn(NamedTuple):
 class PolicyLearner:
     """Trains the policy: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
 
-    What it does not do is train a critic (`rlhf/learner/critic.py`). meeting_point, host:port of rank 0 for world_size > 1. Every public method but `prepare` is collective.
+    It trains no critic (`rlhf/learner/critic.py`). meeting_point, host:port of rank 0 for world_size > 1. Every public
+    method but `prepare` is collective.
     """
 
     def __init__(

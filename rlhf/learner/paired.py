@@ -14,8 +14,8 @@ from rlhf.weights import Weights
 
 
 class PairedLearner:
-    """The methods of PolicyLearner, for both. On Ray each has ranks of its own (actors/learner.py): same calls, same
-    bits."""
+    """The methods of PolicyLearner, for both. On Ray each has ranks of its own (actors/learner.py): the same calls, and
+    the same bits."""
 
     def __init__(
         self,
