@@ -50,6 +50,7 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RLHF_CACHE", RUN_VARIABLE)
 def roles_of(cluster: Cluster) -> Mapping[str, Role]:
     return {
         "trainer": cluster.trainer,
+        "critic": cluster.critic,
         "rollout": cluster.rollout,
         "reference": cluster.reference,
         "reward": cluster.reward,

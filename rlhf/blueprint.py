@@ -30,6 +30,11 @@ class Blueprint:
     learner_annotates: bool
     samples: bool
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a second model is trained beside the policy, with ranks of its own."""
+        return isinstance(self.algorithm, ActorCriticAlgorithm)
+
 
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)

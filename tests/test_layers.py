@@ -91,7 +91,18 @@ def test_every_role_file_is_in_the_contract_of_the_roles() -> None:
     """A new role file in actors/ is held to the contract, too; what is shared by the roles is listed here."""
     shared = {
         f"actors.{name}"
-        for name in ("capacity", "keeper", "placement", "pool", "shortage", "team", "waiting", "worker")
+        for name in (
+            "capacity",
+            "keeper",
+            "learner",
+            "placement",
+            "pool",
+            "ranks",
+            "shortage",
+            "team",
+            "waiting",
+            "worker",
+        )
     }
     files = {f"actors.{file.stem}" for file in (ROOT / "actors").glob("*.py") if file.stem != "__init__"}
     roles = next(set(contract["modules"]) for contract in CONTRACTS if contract["id"] == "roles")

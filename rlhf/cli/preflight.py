@@ -155,10 +155,18 @@ def _check_encoder_decoder(config: RunConfig) -> None:
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
-    if config.learner.engine == "torch" and cluster.trainer.replicas > 1:
+    has_critic = isinstance(config.algorithm, PpoConfig)
+    trained = {"trainer": cluster.trainer, **({"critic": cluster.critic} if has_critic else {})}
+    for name, role in trained.items():
+        if config.learner.engine == "torch" and role.replicas > 1:
+            raise BadInput(
+                f"cluster file: {name}.replicas={role.replicas}, but learner.engine=torch trains in one process; "
+                "expected 1, or learner.engine=deepspeed"
+            )
+    if has_critic and cluster.trainer.gpus and not cluster.critic.gpus:
         raise BadInput(
-            f"cluster file: trainer.replicas={cluster.trainer.replicas}, but learner.engine=torch trains in one "
-            "process; expected 1, or learner.engine=deepspeed"
+            f"cluster file: critic.gpus=0 while trainer.gpus={cluster.trainer.gpus:g}: the critic, a model as large as "
+            "the policy, would be trained on CPUs. Expected a section critic with GPUs"
         )
 
 

@@ -24,7 +24,7 @@ class Placed:
 def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
     """The roles that are started: no rollout for a run on data, no reference where nothing compares with it or LoRA has
     it, no reward where there is none."""
-    named = {"trainer": cluster.trainer}
+    named: dict[str, Role] = {"trainer": cluster.trainer}
     if config.records == "prompts":
         named["rollout"] = cluster.rollout
     if needs_reference(config) and config.model.lora is None:
