@@ -160,7 +160,7 @@ class Worker:
 
 
 def is_unreachable(error: RayError) -> bool:
-    """Whether Ray only knows that an actor does not answer: more than its process has gone, and no prompt is to blame."""
+    """Whether Ray only knows that an actor does not answer: its node may be gone, and no prompt is to blame."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     return isinstance(cause, ActorUnavailableError)
 
