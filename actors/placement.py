@@ -181,10 +181,9 @@ class RankPlaces:
         found: Mapping[int, str] = table["bundles_to_node_id"]
         return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
 
-    @property
-    def were_taken(self) -> bool:
-        """Whether ranks had these places before."""
-        return bool(self._before)
+    def are_where_they_were(self) -> bool:
+        """Whether each of the places that were handed out last is still on its node, and that node is up."""
+        return sorted(self._nodes()) == sorted(self._before) and self.placed() == len(self._before)
 
     def renew(self) -> None:
         """Before ranks are started again: gives up places on nodes that are about to go."""

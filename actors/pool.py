@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from actors import placement, waiting
 from actors.shortage import Shortage
-from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death
+from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death, is_unreachable
 from rlhf.errors import ActorDied, RunFailed, WorkerLost
 from rlhf.interfaces import Handle, Published, Replacements, Result, Task
 from rlhf.weights import Receipt
@@ -223,7 +223,7 @@ class ActorWorkers:
                     self._finished.append(self._result(worker, errand, value, header))
             except RayError as error:
                 if worker.died_by(error):
-                    self._lose(worker, "died", cause_of_death(error), counted=True)
+                    self._lose(worker, "died", cause_of_death(error), counted=not is_unreachable(error))
                     return
                 self._fail(worker, errand, waiting.failure_of(error, f"{worker.name} at prompts {errand.named}"))
             except RunFailed as error:

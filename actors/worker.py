@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from rlhf.cluster import Role
 from rlhf.errors import RunFailed
@@ -157,6 +157,12 @@ class Worker:
         if not isinstance(cause, RayActorError) or cause.actor_init_failed:
             return False
         return self.place is None or cause.actor_id in (None, self.place.actor_id)
+
+
+def is_unreachable(error: RayError) -> bool:
+    """Whether Ray only knows that an actor does not answer: its node may be gone, and no prompt is to blame."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return isinstance(cause, ActorUnavailableError)
 
 
 def cause_of_death(error: RayError) -> str:
