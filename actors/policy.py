@@ -35,9 +35,9 @@ class PolicyRank:
 
     def meeting_point(self) -> str:
         """host:port where the ranks find each other; asked of rank 0, whose system picks the port."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        address: str = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0)) as probe:
+            return f"{address}:{probe.getsockname()[1]}"
 
     def setup(self, meeting_point: str) -> None:
         torch.set_num_threads(self._threads)
