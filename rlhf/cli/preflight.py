@@ -72,13 +72,13 @@ def check_reward(reward: RewardConfig) -> None:
 def check_prompts(config: RunConfig) -> "Prompts":
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts, or
     the preferences or demonstrations."""
-    for key, source in config.reward.sources().items() if config.reward is not None else ():
-        if source.model is not None:
-            check_reward_model(source.model, f"{key}.model", fetch=True)
-        if source.ranker is not None:
-            check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=True)
-    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
-        check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=True)
+    from rlhf.models.own_code import check_own_code
+
+    scorers = _scorers(config)
+    for key, name in scorers.items():
+        check_reward_model(name, key, fetch=True)
+    for key, name in {"model.name": config.model.name, **scorers}.items():
+        check_own_code(name, key, trust_remote_code=config.model.trust_remote_code)
     if config.mix is not None:
         from rlhf.data.mixed import MixedSet
 
@@ -91,6 +91,19 @@ def check_prompts(config: RunConfig) -> "Prompts":
         prompts = OfflineSet.load(config)
     _check_context(config, prompts)
     return prompts
+
+
+def _scorers(config: RunConfig) -> dict[str, str]:
+    """The models with a scalar head that the run reads, by their keys."""
+    found = {}
+    for key, source in config.reward.sources().items() if config.reward is not None else ():
+        if source.model is not None:
+            found[f"{key}.model"] = source.model
+        if source.ranker is not None:
+            found[f"{key}.ranker.model"] = source.ranker.model
+    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
+        found[CRITIC_INIT] = config.algorithm.critic.init
+    return found
 
 
 def _check_engines(config: RunConfig) -> None:

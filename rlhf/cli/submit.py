@@ -21,6 +21,7 @@ import yaml
 from rlhf.cli.exit_codes import DONE, FAILED, INTERRUPTED
 from rlhf.cluster import Cluster
 from rlhf.config_file import dump, load_cluster, load_run
+from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    refuse_credentials(arguments.address, "--address")
     config = load_run(arguments.config, arguments.overrides)
     cluster = load_cluster(arguments.cluster, [])
     _check(arguments.run_dir, cluster)
