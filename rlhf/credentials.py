@@ -35,7 +35,7 @@ def without_credentials(text: str) -> str:
 
 def _one_without(address: str) -> str:
     parts = urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
+    user, at, _ = parts.netloc.rpartition("@")
     name, colon, password = user.partition(":")
     # A user alone is no secret, and a part of some addresses (abfs://container@account); on the web it is a token.
     if at and parts.scheme in ("http", "https"):

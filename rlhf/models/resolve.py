@@ -2,7 +2,8 @@
 hub name.
 
 `check_model` answers within seconds, loads no weights and imports torch for weights in torch's own format (.bin) only,
-so that bad input is found before anything heavy starts. What is built here is built beside its place in the cache and renamed, so two processes may build at once.
+so that bad input is found before anything heavy starts. What is built here is built beside its place in the cache and
+renamed, so two processes may build at once.
 """
 
 import json
