@@ -12,6 +12,7 @@ from rlhf.buffer.schema import FILE_NAME
 from rlhf.chaos.points import point
 from rlhf.chaos.start import check_chaos, faults_on_purpose
 from rlhf.cli.before_after import before_and_after
+from rlhf.cli.debugger import post_mortem
 from rlhf.cli.disk import names_a_full_disk
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fresh", action="store_true", help="move an old run out of the way instead of going on with it"
     )
     parser.add_argument(
+        "--pdb", action="store_true", help="with --in-process: a debugger where an error was raised (post-mortem)"
+    )
+    parser.add_argument(
         "--generate-only", type=int, metavar="STEPS", help="sample and judge so many steps ahead, and train nothing"
     )
     parser.add_argument(
@@ -55,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.pdb:
+        return _run(arguments)
+    if not arguments.in_process:
+        raise BadInput("--pdb: a debugger sees this process only, and actors are others; expected --in-process with it")
+    with post_mortem():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = load_run(arguments.config, arguments.overrides)
     cluster = _cluster(arguments.cluster)
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
@@ -105,7 +118,9 @@ def _in_its_directory(
     told: list[str],
 ) -> int:
     """The run, in a directory that is ours alone; returns the exit code."""
-    console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
+    # A bar that is drawn again and again and the prompt of a debugger do not go together.
+    draws = console_is_terminal() and not arguments.in_process
+    console: Observer = RichProgress(Console()) if draws else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
     write_data(run_dir, prompts.describe(), prompts.dropped)
     for line in [*told, prompts.describe()]:
