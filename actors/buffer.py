@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors import waiting
+from actors import placement, waiting
 from rlhf.buffer.store import ExperienceBuffer
 from rlhf.interfaces import Counts, Handle, Lease
 
@@ -30,8 +30,12 @@ class RemoteBuffer:
         timeout_s: float,
     ) -> None:
         self._hire, self._dismiss, self._died = hire, dismiss, died
-        self._actor = hire()
         self._timeout_s = timeout_s
+        self._actor = hire()
+
+    def placed(self) -> int:
+        """1 once the actor has found a place."""
+        return int(placement.has_place(self._actor))
 
     def lease(self, count: int, owner: str, request: int) -> list[Lease]:
         what = f"leasing {count} prompts for {owner}"

@@ -1,4 +1,4 @@
-"""Ray itself and the resources of the roles: start or join it, and wait, with a deadline, until everything fits."""
+"""Ray itself and the places of the roles: start or join it, ask, and wait, with a deadline, until all have a place."""
 
 import logging
 import math
@@ -6,22 +6,35 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
+from ray.actor import ActorHandle
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.capacity import Asked, Node, in_words, missing, rank_order, report, taken_by, total
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
-from rlhf.cluster import Cluster, Role
-from rlhf.errors import NoCapacity
+from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.errors import ActorDied, BadInput, NoCapacity
 
 POLL_S = 1.0
+PROGRESS_S = 10.0
 START_TIMEOUT_S = 300.0
 GIB = 1 << 30
+
+Seat = PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
 
 # Keeps libraries from calling out of closed networks and from waiting for an answer that never comes.
 QUIET = {
@@ -38,20 +51,12 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RLHF_CACHE", RUN_VARIABLE)
 def roles_of(cluster: Cluster) -> Mapping[str, Role]:
     return {
         "trainer": cluster.trainer,
+        "critic": cluster.critic,
         "rollout": cluster.rollout,
         "reference": cluster.reference,
         "reward": cluster.reward,
         "buffer": cluster.buffer,
     }
-
-
-def demand_of(counts: Iterable[tuple[Role, int]]) -> dict[str, float]:
-    """What so many actors of each role need together, by Ray's resource names."""
-    demand: dict[str, float] = {}
-    for role, count in counts:
-        for name, amount in _takes(role).items():
-            demand[name] = demand.get(name, 0.0) + amount * count
-    return demand
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         with _joined(cluster.address):
             yield
         return
-    demand = demand_of((role, role.replicas) for role in roles.values())
+    demand = total([taken_by(role) for role in roles.values() for _ in range(role.replicas)])
     settings = {
         "address": "local",
         "num_cpus": cluster.cpus or math.ceil(demand.get("CPU", 1.0)),
@@ -105,7 +110,14 @@ def _stay_on_loopback() -> None:
 def _joined(address: str) -> Iterator[None]:
     # Ray's own handler would end this process at a SIGTERM, with exit code 15 and nothing saved.
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise BadInput(
+            f"cluster file: address={address}: no Ray cluster lets this run join: {error}. Expected the address of one "
+            "that runs, and its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; `ray get-auth-token` on the head "
+            "prints it"
+        ) from error
     signal.signal(signal.SIGTERM, before)
     try:
         yield
@@ -113,28 +125,118 @@ def _joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def wait_for_room(roles: Mapping[str, Role], timeout_s: float, progress: Callable[[str], None]) -> None:
-    """Waits until the cluster's total resources cover what the roles need to start.
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Actors that were asked for. `placed` says how many of them have a place by now."""
 
-    Raises NoCapacity at the deadline with demand and supply by resource. Looks at totals, not at what others use now.
+    name: str
+    role: Role
+    count: int
+    placed: Callable[[], int]
+
+
+def wait_for_places(
+    claims: Sequence[Claim],
+    timeout_s: float,
+    progress: Callable[[str], None],
+    stop: Callable[[], bool],
+    *,
+    can_grow: bool,
+) -> None:
+    """Waits until everything that was asked for has a place. It was asked for before, so that an autoscaler acts on it.
+
+    Raises NoCapacity with what was asked, what there is, what is missing and what would fit: at the deadline, and at
+    once in a cluster that cannot grow and is too small. Returns early when the run is asked to stop.
     """
-    demand = demand_of((role, role.needed) for role in roles.values())
-    began, told = time.monotonic(), 0.0
-    while True:
-        supply = ray.cluster_resources()
-        missing = {name: need for name, need in demand.items() if supply.get(name, 0.0) < need}
-        if not missing:
+    began, told = time.monotonic(), POLL_S  # most find their place at once
+    while not stop():
+        asked = [Asked(each.name, each.role, each.count, min(each.count, each.placed())) for each in claims]
+        if all(each.placed == each.count for each in asked):
             return
-        lines = ", ".join(
-            f"{name}: asked {need:g}, there are {supply.get(name, 0.0):g}" for name, need in missing.items()
-        )
         waited = time.monotonic() - began
-        if waited >= timeout_s:
-            raise NoCapacity(f"after {waited:.0f} s the cluster still cannot hold the run. {lines}")
+        nodes = nodes_that_stay()
+        if waited >= timeout_s or (missing(asked, nodes) and not can_grow):
+            raise NoCapacity(
+                f"after {waited:.0f} s the cluster cannot hold the run. {report(asked, nodes)}. Next: add nodes, or "
+                "ask for less in the cluster file; then give the same command again"
+            )
         if waited >= told:
-            progress(f"waiting for resources ({waited:.0f} of {timeout_s:g} s): {lines}")
-            told = waited + 10.0
+            told = waited + PROGRESS_S
+            progress(f"waiting for places ({waited:.0f} of {timeout_s:g} s). {report(asked, nodes)}")
         time.sleep(min(POLL_S, timeout_s - waited))
+
+
+class RankPlaces:
+    """The places of a role's ranks: one placement group of Ray, held while ranks die and are started again.
+
+    Ray finds other places for those that were on a node that died; until then the group is not whole."""
+
+    def __init__(self, role: Ranks) -> None:
+        self._role = role
+        self._group = self._reserve()
+        self._before: list[str] = []
+
+    def _reserve(self) -> PlacementGroup:
+        bundles = [taken_by(self._role) for _ in range(self._role.replicas)]
+        return placement_group(bundles, strategy=self._role.placement.upper())
+
+    def placed(self) -> int:
+        """How many ranks have a place on a node that is up."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in self._nodes())
+
+    def _nodes(self) -> list[str]:
+        """The node of each bundle; empty until the group is whole."""
+        table = placement_group_table(self._group)
+        found: Mapping[int, str] = table["bundles_to_node_id"]
+        return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
+
+    @property
+    def were_taken(self) -> bool:
+        """Whether ranks had these places before."""
+        return bool(self._before)
+
+    def renew(self) -> None:
+        """Before ranks are started again: gives up places on nodes that are about to go."""
+        if draining_nodes() & set(self._nodes()):
+            self.release()
+            self._group = self._reserve()
+
+    def seats(self) -> list[PlacementGroupSchedulingStrategy]:
+        """Where each rank goes. A rank whose node is still there stays on it; others go by the nodes' addresses.
+
+        Raises ActorDied when a node has gone since the group was whole."""
+        nodes = self._nodes()
+        if not nodes:
+            raise ActorDied("a node with places of the trainer's ranks has just gone")
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        order = rank_order(nodes, addresses, self._before)
+        self._before = [nodes[bundle] for bundle in order]
+        return [PlacementGroupSchedulingStrategy(self._group, bundle) for bundle in order]
+
+    def release(self) -> None:
+        remove_placement_group(self._group)
+
+
+def has_place(actor: ActorHandle) -> bool:
+    """Whether an actor has got what it asked for; it may still be starting, or have died since."""
+    known = ray._private.state.state.actor_table(actor._actor_id.hex())
+    return bool(known) and (known["State"] == "DEAD" or known["Address"]["Port"] != 0)
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """The driver's node, where it can hold the actor at all; another one otherwise."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def nodes_that_stay() -> list[Node]:
+    """The nodes that are up and not about to go."""
+    free, draining = ray._private.state.available_resources_per_node(), draining_nodes()
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
 
 
 def draining_nodes() -> frozenset[str]:
@@ -149,19 +251,10 @@ def is_alive(node_id: str) -> bool:
 
 
 def supply() -> str:
-    """What the cluster has, by resource, in words."""
-    return ", ".join(
-        f"{name}: {amount:g}" for name, amount in sorted(ray.cluster_resources().items()) if ":" not in name
-    )
-
-
-def asked_by(role: Role) -> str:
-    """What an actor of a role takes, in words."""
-    return ", ".join(f"{name}: {amount:g}" for name, amount in _takes(role).items()) or "nothing"
-
-
-def _takes(role: Role) -> dict[str, float]:
-    return {name: amount for name, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items() if amount}
+    """What the cluster has, in words, by node."""
+    nodes = nodes_that_stay()
+    each = "; ".join(f"{node.name} {in_words(node.has)}" for node in nodes)
+    return f"{len(nodes)} nodes ({each})"
 
 
 def options(cluster: Cluster, role: Role) -> dict[str, Any]:

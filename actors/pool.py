@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,33 +15,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from actors import placement, waiting
-from actors.worker import Errand, Phase, Worker, cause_of_death
-from rlhf.errors import ActorDied, NoCapacity, RunFailed, WorkerLost
+from actors.shortage import Shortage
+from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death
+from rlhf.errors import ActorDied, RunFailed, WorkerLost
 from rlhf.interfaces import Handle, Published, Replacements, Result, Task
 from rlhf.weights import Receipt
 
 POLL_S = 0.02
 ANSWER_TIMEOUT_S = 60.0  # for an answer that Ray has said is there
 DRAIN_POLL_S = 2.0
-NOTE_EVERY_S = 10.0
 LOOKED_AWAY_S = 1.0  # a longer pause between two looks was this process's own, and is held against nobody
 QUEUED = 2  # tasks that a worker without weights holds at a time: one to work on, one to go on with
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSpec:
-    """A role's pool in plain values. `needed` of `size` workers must be up for the run to start; `asks_for` says in
-    words what each takes; `silence_s` is how long one that holds work may show nothing."""
-
-    role: str
-    size: int
-    needed: int
-    takes_weights: bool
-    asks_for: str
-    silence_s: float
-    wait_timeout_s: float
-    placement_timeout_s: float
-    max_restarts: int
 
 
 class ActorWorkers:
@@ -65,12 +48,13 @@ class ActorWorkers:
         self._lost: Counter[str] = Counter()  # died, hung, left
         self._incarnations: Counter[int] = Counter()
         self._fruitless: Counter[int] = Counter()  # by slot: deaths since its last result
-        now = time.monotonic()
-        self._looked = self._drains_looked = self._last_up = self._last_placed = self._told = now
+        self._looked = self._drains_looked = time.monotonic()
+        self._shortage = Shortage(spec)
+        self._resting: set[int] = set()  # slots without a worker, until there is work
         self._started = False  # whether enough workers were up once
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._workers = [self._new_worker(slot) for slot in range(spec.size)]
+        self._workers = [self._new_worker(slot) for slot in range(spec.needed)]
         self._thread = threading.Thread(target=self._look_after, name=f"pool of {spec.role}", daemon=True)
         self._thread.start()
 
@@ -79,17 +63,31 @@ class ActorWorkers:
     def wait_until_up(self) -> None:
         """Until enough workers are set up for the run to start. Raises what their set-up raised, NoCapacity where they
         find no room."""
+        self._shortage.count_from_now()
         while True:
             with self._changed:
                 self._raise_failure()
                 if self._count("without weights", "ready") >= self._spec.needed:
-                    self._started = True
+                    if not self._started:  # the others must not take the places of what the run cannot do without
+                        self._started = True
+                        self._workers += [self._new_worker(slot) for slot in range(self._spec.needed, self._spec.size)]
                     return
                 self._changed.wait(POLL_S)
             self._tell_notes()
 
+    def claim(self) -> placement.Claim:
+        """What the run cannot start without."""
+        return placement.Claim(self._spec.role, self._spec.resources, self._spec.needed, self._placed)
+
+    def _placed(self) -> int:
+        with self._changed:
+            self._raise_failure()
+            workers = list(self._workers)
+        return sum(worker.place is not None or placement.has_place(worker.actor) for worker in workers)
+
     def submit(self, task: Task, worker: str | None) -> None:
         with self._changed:
+            self._wake()
             if worker is None:
                 self._queue.append(task)
                 self._dispatch()
@@ -204,7 +202,10 @@ class ActorWorkers:
             if worker.leaving and not worker.errands:
                 self._retire(worker)
         self._dispatch()
-        self._watch_capacity()
+        self._let_rest()
+        note = self._shortage.look(self._workers, started=self._started)
+        if note is not None:
+            self._notes.append(note)
 
     def _new_worker(self, slot: int) -> Worker:
         number, self._incarnations[slot] = self._incarnations[slot], self._incarnations[slot] + 1
@@ -307,6 +308,22 @@ class ActorWorkers:
             self._notes.append(f"{worker.name} leaves, its node {worker.place.host} is drained; another is asked for")
             self._workers.append(self._new_worker(worker.slot))
 
+    def _let_rest(self) -> None:
+        """Workers beyond the needed ones that have had no work for long are let go, so that their nodes can go."""
+        long_ago = time.monotonic() - self._spec.idle_release_s
+        spare = [worker for worker in self._workers if worker.is_free and worker.slot >= self._spec.needed]
+        for worker in [worker for worker in spare if max(worker.since, worker.sign) < long_ago]:
+            self._notes.append(f"{worker.name} is let go after {self._spec.idle_release_s:g} s without work")
+            self._resting.add(worker.slot)
+            self._retire(worker)
+
+    def _wake(self) -> None:
+        """There is work: asks for all again."""
+        if self._resting:
+            self._notes.append(f"there is work again: {self._spec.role} workers {sorted(self._resting)} are asked for")
+            self._workers += [self._new_worker(slot) for slot in sorted(self._resting)]
+            self._resting.clear()
+
     def _retire(self, worker: Worker) -> None:
         self._workers.remove(worker)
         self._let_go(worker.actor)
@@ -369,27 +386,6 @@ class ActorWorkers:
             if not able:
                 return
             min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(self._queue.popleft(), bound=False)
-
-    def _watch_capacity(self) -> None:
-        """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""
-        now = time.monotonic()
-        placed = sum(worker.place is not None for worker in self._workers)
-        if placed >= (1 if self._started else self._spec.needed):
-            self._last_placed = now
-        up = any(worker.joined or worker.phase == "without weights" for worker in self._workers if not worker.leaving)
-        if up or not self._started:
-            self._last_up = self._told = now
-        without_s = now - self._last_up
-        standing = ", ".join(f"{worker.name} {worker.phase}" for worker in self._workers)
-        if now - self._told >= NOTE_EVERY_S:
-            self._told = now
-            self._notes.append(f"no {self._spec.role} worker is up for {without_s:.0f} s, the run waits: {standing}")
-        if now - self._last_placed > self._spec.placement_timeout_s:
-            raise NoCapacity(
-                f"{self._spec.role}: too few workers have found a place for {now - self._last_placed:.0f} s; each "
-                f"asks for {self._spec.asks_for}; the cluster has {placement.supply()}. The same command goes on "
-                "with the run"
-            )
 
     def _is_busy(self) -> bool:
         return bool(self._queue) or any(worker.errands for worker in self._workers)

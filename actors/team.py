@@ -1,8 +1,9 @@
 """Builds the team of a run as actors, each with the resources of its role, and tears down only what it started."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,17 @@ from ray.actor import ActorHandle
 
 from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
+from actors.critic import CriticActor
 from actors.judge import JudgeActor
-from actors.policy import PolicyActor, RemoteLearner
-from actors.pool import ActorWorkers, PoolSpec
+from actors.learner import RemoteLearner
+from actors.policy import PolicyActor
+from actors.pool import ActorWorkers
+from actors.ranks import RankGroup
 from actors.rollout import RolloutActor
+from actors.worker import PoolSpec
 from rlhf.buffer.schema import FILE_NAME
-from rlhf.cluster import Cluster, Role
+from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.errors import TrainerDied
 from rlhf.experience import REF_LOGPROBS, REWARD
 from rlhf.judges.build import build_reward_judge, longest_call_s
 from rlhf.judges.reference import ReferenceJudge
@@ -32,6 +38,8 @@ JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
 def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """The team on Ray. Its actors end with it; Ray itself only where it was started here."""
     roles = dict(placement.roles_of(order.cluster))
+    if not order.blueprint.has_critic:
+        del roles["critic"]
     if not order.blueprint.reference_judge:
         del roles["reference"]
     if not order.blueprint.samples:
@@ -41,7 +49,6 @@ def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     with placement.started(order.cluster, roles):
         crew = _Crew(order.cluster)
         try:
-            placement.wait_for_room(roles, order.cluster.placement_timeout_s, order.note)
             yield _build(order, crew)
         finally:
             crew.dismiss()
@@ -55,6 +62,12 @@ class _Crew:
         self._closable: list[ActorHandle] = []
         self._actors: list[ActorHandle] = []
         self._pools: list[ActorWorkers] = []
+        self._places: list[placement.RankPlaces] = []
+
+    def reserve(self, role: Ranks) -> placement.RankPlaces:
+        """Asks for the places of a role's ranks, which are held until the crew is dismissed."""
+        self._places.append(placement.RankPlaces(role))
+        return self._places[-1]
 
     def pool(self, spec: PoolSpec, hire: Callable[[str], ActorHandle], note: Callable[[str], None]) -> ActorWorkers:
         """A pool whose workers are of this crew; it looks after them until the crew is dismissed."""
@@ -62,8 +75,12 @@ class _Crew:
         self._pools.append(pool)
         return pool
 
-    def hire(self, actor_class: Any, role: Role, *arguments: Any, closable: bool) -> ActorHandle:
-        actor = actor_class.options(**placement.options(self._cluster, role)).remote(*arguments)
+    def hire(
+        self, actor_class: Any, role: Role, *arguments: Any, closable: bool, seat: placement.Seat | None = None
+    ) -> ActorHandle:
+        """An actor of a role; seat, where it goes, None for wherever there is room."""
+        options = placement.options(self._cluster, role)
+        actor = actor_class.options(**options, scheduling_strategy=seat or "DEFAULT").remote(*arguments)
         self._actors.append(actor)
         if closable:
             self._closable.append(actor)
@@ -92,20 +109,42 @@ class _Crew:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
+        for places in self._places:
+            places.release()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reserved:
+    """The places that are held for the ranks of a role, and what was asked for them."""
+
+    seats: placement.RankPlaces
+    claim: placement.Claim
+
+
+def _reserve(name: str, role: Ranks, crew: _Crew) -> _Reserved:
+    seats = crew.reserve(role)
+    return _Reserved(seats, placement.Claim(name, role, role.replicas, seats.placed))
 
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
-    """Creates all actors at once, waits until each is set up, then puts the team together."""
+    """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
     timeout_s = order.blueprint.config.loop.wait_timeout_s
+    cluster = order.cluster
+    reserved = {"trainer": _reserve("trainer", cluster.trainer, crew)}
+    if order.blueprint.has_critic:
+        reserved["critic"] = _reserve("critic", cluster.critic, crew)
     buffer = _hire_buffer(order, crew)
-    learner = _hire_learner(order, crew)
     rows = dataset_workers(order)
     engines = [] if rows else [_hire_engines(order, crew)]
     judges = _hire_judges(order, crew)
+    ledger = placement.Claim("buffer", cluster.buffer, 1, buffer.placed)
+    pools = [pool.claim() for pool in [*engines, *judges.values()]]
+    _wait_for_places(order, [*(each.claim for each in reserved.values()), ledger, *pools])
+    learner = _hire_learner(order, crew, reserved)
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.get(learner.begin_setup(), "setting up the trainer", timeout_s)
+    waiting.gather(learner.begin_setup(), "setting up the trainer", timeout_s, 0.0)
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -115,27 +154,48 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     return assemble(order, learner, buffer, rows or engines[0], desks)
 
 
+def _wait_for_places(order: Order, claims: Sequence[placement.Claim]) -> None:
+    cluster = order.cluster
+    can_grow = cluster.address != "local"
+    placement.wait_for_places(claims, cluster.placement_timeout_s, order.note, order.stop, can_grow=can_grow)
+
+
 def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
+    """Beside the driver, which reads the same file."""
     arguments = (order.run_dir / FILE_NAME, order.blueprint.judged, None, MAX_ATTEMPTS)
+    role, seat = order.cluster.buffer, placement.beside_the_driver()
     return RemoteBuffer(
-        lambda: crew.hire(BufferActor, order.cluster.buffer, *arguments, closable=True),
+        lambda: crew.hire(BufferActor, role, *arguments, closable=True, seat=seat),
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
     )
 
 
-def _hire_learner(order: Order, crew: _Crew) -> RemoteLearner:
-    config, role = order.blueprint.config, order.cluster.trainer
+def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) -> RemoteLearner:
+    """The ranks of the policy, and of the critic where there is one, each on the places that are held for them."""
+    blueprint = order.blueprint
+    policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
+    critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
+    return RemoteLearner(policy, critic, blueprint.config.loop.wait_timeout_s, annotates=blueprint.learner_annotates)
+
+
+def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
+    config, role, seats = order.blueprint.config, reserved.claim.role, reserved.seats
     threads = order.cluster.threads_of(role)
 
-    def hire(life: int) -> list[ActorHandle]:
+    def hire() -> list[ActorHandle]:
+        if seats.were_taken:
+            seats.renew()
+            _wait_for_places(order, [reserved.claim])
+        if order.stop():
+            raise TrainerDied(f"the {name} has no place, and the run was asked to stop")
         return [
-            crew.hire(PolicyActor, role, config, rank, role.replicas, threads, life, closable=False)
-            for rank in range(role.replicas)
+            crew.hire(actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
+            for rank, seat in enumerate(seats.seats())
         ]
 
-    return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
+    return RankGroup(name, hire, crew.end)
 
 
 def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
@@ -176,6 +236,7 @@ def _raw_rewards(order: Order, crew: _Crew) -> Iterator[ActorWorkers]:
         return hired[-1]
 
     pool = crew.pool(replace(spec, size=1, needed=1), hire, order.note)
+    _wait_for_places(order, [pool.claim()])
     pool.wait_until_up()
     yield pool
     crew.disband(pool, hired)
@@ -189,9 +250,10 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
-        asks_for=placement.asked_by(role),
+        resources=role,
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,
+        idle_release_s=role.idle_release_s or math.inf,
     )

@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlhf.cluster import Role
 from rlhf.errors import RunFailed
 from rlhf.interfaces import Published, Task
 from rlhf.workers import held
@@ -26,6 +27,24 @@ from rlhf.workers import held
 Phase = Literal["asked", "setting up", "without weights", "loading", "ready"]
 NAMED = 8  # prompts in a message
 HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """A role's pool in plain values. `needed` of `size` workers must be up for the run to start, the others are asked
+    for then; `resources` says what each takes; `silence_s` is how long one that holds work may show nothing;
+    `idle_release_s`, how long one that is not needed may be without work."""
+
+    role: str
+    size: int
+    needed: int
+    takes_weights: bool
+    resources: Role
+    silence_s: float
+    wait_timeout_s: float
+    placement_timeout_s: float
+    max_restarts: int
+    idle_release_s: float
 
 
 @dataclass(frozen=True, slots=True)

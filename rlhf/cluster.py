@@ -20,6 +20,11 @@ class Role(Section):
         description="the run starts with so many and takes the others, up to `replicas`, as they find room; null: all. "
         "For rollout, reference and reward",
     )
+    idle_release_s: PositiveFloat | None = Field(
+        default=None,
+        description="with `min_replicas`: those beyond it are let go after so long without work, so that an autoscaler "
+        "can take their nodes, and asked for again when there is work; null: never",
+    )
     cpus: NonNegativeFloat = Field(default=1.0, description="CPUs of each")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each")
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
@@ -28,12 +33,30 @@ class Role(Section):
     def _a_range(self) -> Self:
         if self.min_replicas is not None and self.min_replicas > self.replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than replicas={self.replicas}")
+        if self.idle_release_s is not None and self.min_replicas is None:
+            raise ValueError(f"idle_release_s={self.idle_release_s:g} would do nothing without min_replicas")
         return self
 
     @property
     def needed(self) -> int:
         """Without so many the run does not start."""
         return self.replicas if self.min_replicas is None else self.min_replicas
+
+
+class Ranks(Role):
+    """A role whose actors compute together: they are placed together, and keep their places until the run ends."""
+
+    placement: Literal["pack", "spread", "strict_pack"] = Field(
+        default="pack",
+        description="where Ray puts the ranks: `pack` on as few nodes as it can, `spread` on as many, `strict_pack` on "
+        "one, or the run does not start",
+    )
+
+    @model_validator(mode="after")
+    def _takes_something(self) -> Self:
+        if not (self.cpus or self.gpus or any(self.resources.values())):
+            raise ValueError("asks for nothing, so that no place can be held for it; expected cpus, gpus or resources")
+        return self
 
 
 class StoragePlace(Section):
@@ -70,12 +93,15 @@ class Cluster(Section):
         default=None, description="with `local`: CPUs that Ray counts; null: the sum of the roles"
     )
     object_store_gib: PositiveFloat = Field(default=2.0, description="with `local`: memory of the object store")
-    placement_timeout_s: PositiveFloat = Field(default=120.0, description="longest wait for the roles' resources")
+    placement_timeout_s: PositiveFloat = Field(
+        default=120.0, description="longest wait for room in the cluster, at the start and when it has shrunk"
+    )
     threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="compute threads of each actor; null: its CPUs, rounded up"
     )
     storage: StoragePlace = Field(default_factory=StoragePlace, description="a copy of the run elsewhere")
-    trainer: Role = Field(default_factory=Role, description="ranks of the policy trainer")
+    trainer: Ranks = Field(default_factory=Ranks, description="ranks of the policy trainer")
+    critic: Ranks = Field(default_factory=Ranks, description="ranks of the critic; none without one (PPO has one)")
     rollout: Role = Field(default_factory=Role, description="rollout engines")
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
@@ -94,7 +120,7 @@ class Cluster(Section):
     def _fixed_in_number(self) -> Self:
         if self.buffer.replicas != 1:
             raise ValueError(f"buffer.replicas must be 1, the ledger has one writer; found {self.buffer.replicas}")
-        for name, role in (("trainer", self.trainer), ("buffer", self.buffer)):
+        for name, role in (("trainer", self.trainer), ("critic", self.critic), ("buffer", self.buffer)):
             if role.min_replicas is not None:
                 raise ValueError(f"{name}.min_replicas: the {name} does not grow or shrink during a run; leave it out")
         return self
@@ -109,5 +135,6 @@ def this_machine(cores: int) -> Cluster:
 
     cores, those of the machine. The CPUs are logical, so that they add up to more than there are.
     """
-    whole = Role(cpus=cores)
-    return Cluster(trainer=whole, rollout=whole, reference=whole)
+    return Cluster(
+        trainer=Ranks(cpus=cores), critic=Ranks(cpus=cores), rollout=Role(cpus=cores), reference=Role(cpus=cores)
+    )

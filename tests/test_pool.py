@@ -3,6 +3,7 @@
 Not covered here: real engines and the command line (test_run_replacement.py), nodes that are other machines.
 """
 
+import math
 import os
 import signal
 import sys
@@ -19,10 +20,11 @@ import pytest
 from rlhf.admission import Demand
 from rlhf.buffer.audit import ExperienceView, verify
 from rlhf.buffer.store import ExperienceBuffer
+from rlhf.cluster import Role
 from rlhf.config import LoopConfig
 from rlhf.errors import NoCapacity, RunFailed
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Request
+from rlhf.interfaces import Replacements, Request
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.metrics import values as values_of
@@ -85,6 +87,11 @@ class Engine:
             return
         if what == "long":
             for _ in range(int(1.5 * SILENCE_S / MARK_EVERY_S)):
+                time.sleep(MARK_EVERY_S)
+                yield
+            return
+        if what == "hold":
+            while not (self._folder / "go").exists():
                 time.sleep(MARK_EVERY_S)
                 yield
             return
@@ -152,11 +159,20 @@ class OpeningBuffer(ExperienceBuffer):
 class Bench:
     """A source and a learner in this process, engines and judges as actors on the Ray that runs."""
 
-    def __init__(self, folder: Path, engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engines: int,
+        needed: int,
+        faults: Faults,
+        resources: Mapping[str, float],
+        idle_release_s: float,
+    ) -> None:
         import ray
 
         from actors.judge import JudgeActor
-        from actors.pool import ActorWorkers, PoolSpec
+        from actors.pool import ActorWorkers
+        from actors.worker import PoolSpec
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self.folder, self.notes = folder, []
@@ -169,7 +185,8 @@ class Bench:
         judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
-            return PoolSpec(role, size, needed, takes_weights, "spot: 1", SILENCE_S, 60.0, 60.0, 3)
+            takes = Role(cpus=0, resources=dict(resources))
+            return PoolSpec(role, size, needed, takes_weights, takes, SILENCE_S, 60.0, 60.0, 3, idle_release_s)
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),
@@ -227,10 +244,16 @@ def ray_here() -> Iterator[None]:
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     built = []
 
-    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> Bench:
+    def build(
+        engines: int,
+        needed: int,
+        faults: Faults,
+        resources: Mapping[str, float],
+        idle_release_s: float = math.inf,
+    ) -> Bench:
         folder = tmp_path / f"{len(built)}"
         folder.mkdir()
-        built.append(Bench(folder, engines, needed, faults, resources))
+        built.append(Bench(folder, engines, needed, faults, resources, idle_release_s))
         return built[-1]
 
     yield build
@@ -291,6 +314,26 @@ def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_
     source = deadly.source(steps=1, groups=2)
     with pytest.raises(RunFailed, match="rollout-0 was lost 4 times in a row without a result"):
         deadly.train(source, 1, 2, lambda step: None)
+
+
+def test_engines_without_work_are_let_go_and_come_back_with_work(ray_here: None, bench: Callable[..., Bench]) -> None:
+    """One of two is needed. When all steps are done the other one is let go; a question, whose answer waits for that,
+    has it back. Nothing is generated twice, and nobody counts as lost."""
+    team = bench(2, 1, {2000: ("hold", 1)}, {}, idle_release_s=2.0)
+    source = team.source(steps=1, groups=6)
+    team.train(source, 1, 6, lambda step: None)
+    deadline = time.monotonic() + 120
+    while not any("rollout-1 is let go after 2 s without work" in note for note in team.notes):
+        assert time.monotonic() < deadline and not team.rollouts.collect(0.1), team.notes
+
+    def look() -> None:
+        if team.rollouts.size() == 2:
+            (team.folder / "go").touch()
+
+    team.meanwhile = look
+    assert [group.prompt.id for group in source.answer([Supply().prompt(2000)], SAMPLING)] == [2000]
+    assert "there is work again: rollout workers [1] are asked for" in team.notes
+    assert team.answers() == Counter([*range(6), 2000]) and team.rollouts.replaced() == Replacements(0, 0, 0)
 
 
 class Nodes:

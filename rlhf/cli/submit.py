@@ -2,7 +2,8 @@
 
 What travels is a folder with the run file, the cluster file, the local files that the run file names, and this very
 version of `rlhf` and `actors`; the libraries must be installed on the cluster. The run itself stays in its run
-directory there, so that submitting it again goes on with it.
+directory there, so that submitting it again goes on with it. The driver asks for the custom resources of the buffer, as
+driver and buffer share a file that two nodes cannot share; without any it is on the head.
 """
 
 import argparse
@@ -78,12 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
                     entrypoint=_entrypoint(arguments.run_dir),
                     runtime_env={"working_dir": str(folder)},
                     metadata={RUN_DIR_KEY: arguments.run_dir},
+                    entrypoint_resources=dict(cluster.buffer.resources) or None,
                 )
             )
         print(
             f"{job}: {arguments.config.name} in {arguments.run_dir}. By hand, with a folder that --pack FOLDER writes:"
         )
-        print(f"  {_by_hand(arguments, 'FOLDER')}", flush=True)
+        print(f"  {_by_hand(arguments, cluster, 'FOLDER')}", flush=True)
     else:
         print(f"{job} is at {arguments.run_dir} already: following it", flush=True)
     if arguments.detach:
@@ -97,7 +99,7 @@ def _pack(settings: dict[str, Any], cluster: Cluster, arguments: argparse.Namesp
         raise BadInput(f"--pack {to}: exists already; expected a new folder")
     with packed(settings, cluster, ship=not arguments.ship_nothing) as folder:
         shutil.copytree(folder, to)
-    print(f"{to} holds what a job needs. To submit it:\n  {_by_hand(arguments, str(to))}")
+    print(f"{to} holds what a job needs. To submit it:\n  {_by_hand(arguments, cluster, str(to))}")
 
 
 def _entrypoint(run_dir: str) -> str:
@@ -105,11 +107,14 @@ def _entrypoint(run_dir: str) -> str:
     return shlex.join(words)
 
 
-def _by_hand(arguments: argparse.Namespace, folder: str) -> str:
+def _by_hand(arguments: argparse.Namespace, cluster: Cluster, folder: str) -> str:
     """The same submission without `rlhf`; its metadata is how a second one finds the first."""
     metadata = json.dumps({RUN_DIR_KEY: arguments.run_dir})
     words = ["ray", "job", "submit", "--address", arguments.address, "--working-dir", folder]
-    return f"{shlex.join([*words, '--metadata-json', metadata])} -- {_entrypoint(arguments.run_dir)}"
+    words += ["--metadata-json", metadata]
+    if beside := dict(cluster.buffer.resources):
+        words += ["--entrypoint-resources", json.dumps(beside)]
+    return f"{shlex.join(words)} -- {_entrypoint(arguments.run_dir)}"
 
 
 def _check(run_dir: str, cluster: Cluster) -> None:
