@@ -184,45 +184,26 @@ def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved
     config, role, seats = order.blueprint.config, reserved.claim.role, reserved.seats
     threads = order.cluster.threads_of(role)
 
-<<<<<<< HEAD
-    def hire() -> list[ActorHandle]:
-        if seats.were_taken:
-            seats.renew()
-            _wait_for_places(order, [reserved.claim])
-        if order.stop():
-            raise TrainerDied(f"the {name} has no place, and the run was asked to stop")
-=======
-    def start(life: int) -> list[ActorHandle]:
->>>>>>> placement
+    def start() -> list[ActorHandle]:
         return [
             crew.hire(actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
             for rank, seat in enumerate(seats.seats())
         ]
 
-<<<<<<< HEAD
-    return RankGroup(name, hire, crew.end)
-=======
-    def hire(life: int) -> list[ActorHandle]:
-        return _started_again(order, crew, seats, trainer, partial(start, life)) if life else start(life)
-
-    return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
->>>>>>> placement
+    return RankGroup(name, start(), partial(_started_again, order, crew, reserved, start), crew.end)
 
 
 def _started_again(
-    order: Order,
-    crew: _Crew,
-    seats: placement.RankPlaces,
-    claim: placement.Claim,
-    start: Callable[[], list[ActorHandle]],
+    order: Order, crew: _Crew, reserved: _Reserved, start: Callable[[], list[ActorHandle]]
 ) -> list[ActorHandle]:
     """Ranks in the places of dead ones, once these are on nodes that are up. A dead node may pass for one for a while:
     ranks that were started on it die with it, and are started once more when it has been replaced."""
+    claim, seats = reserved.claim, reserved.seats
     while True:
         seats.renew()
         _wait_for_places(order, [claim])
         if order.stop():
-            raise TrainerDied("the trainer has no place, and the run was asked to stop")
+            raise TrainerDied(f"the {claim.name} has no place, and the run was asked to stop")
         ranks = start()
         try:
             ready = [rank.__ray_ready__.remote() for rank in ranks]

@@ -1,6 +1,6 @@
 """What a run needs, derived from its run file: the same for a team in one process and a team on Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.admission import Demand
 from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, ScoreAlgorithm
@@ -59,6 +59,12 @@ def draw(config: RunConfig) -> Blueprint:
         learner_annotates,
         config.records == "prompts",
     )
+
+
+def without_rollouts(blueprint: Blueprint) -> Blueprint:
+    """The same training where all groups are there, judged, before it begins: nobody samples and nobody judges."""
+    config = blueprint.config.model_copy(update={"reward": None})
+    return replace(blueprint, config=config, reference_judge=False, samples=False)
 
 
 def training_sampling(config: RunConfig) -> Sampling:

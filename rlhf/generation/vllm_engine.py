@@ -32,6 +32,7 @@ TOKENS_PER_STEP = 4096  # of prompts that are read in one step of the engine, on
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
+    "GLOO_SOCKET_IFNAME": "lo",  # one process: nobody else is to find its process group
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at a start are a dozen lines that call for nothing
 }
