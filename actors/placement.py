@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
+from ray.actor import ActorHandle
 
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
@@ -136,6 +137,11 @@ def is_alive(node_id: str) -> bool:
     """Whether a node is up and stays."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return node_id in alive and node_id not in draining_nodes()
+
+
+def has_a_process(actor: ActorHandle) -> bool:
+    """Whether an actor has found room and its constructor has begun, or was."""
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
 
 
 def supply() -> str:

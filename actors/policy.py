@@ -11,6 +11,7 @@ import torch
 from ray.actor import ActorHandle
 
 from actors import waiting
+from actors.heartbeat import Pulses
 from rlhf import metrics
 from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
@@ -84,13 +85,15 @@ class RemoteLearner:
     """`Learner` on Ray. Groups, batches and weights are references that go from actor to actor.
 
     A call that finds a rank dead raises TrainerDied; the next `load` then starts all ranks anew, because those that are
-    left wait for the dead one in a collective. hire and dismiss start and end the ranks of one life."""
+    left wait for the dead one in a collective. hire and dismiss start and end the ranks of one life. A rank that shows
+    no sign of life for lifeless_s counts as dead."""
 
     def __init__(
         self,
         hire: Callable[[int], Sequence[ActorHandle]],
         dismiss: Callable[[Sequence[ActorHandle]], None],
         timeout_s: float,
+        lifeless_s: float,
         *,
         annotates: bool,
     ) -> None:
@@ -98,7 +101,8 @@ class RemoteLearner:
         self._timeout_s = timeout_s
         self._annotates = annotates
         self._life, self._version = 0, 0
-        self._ranks = list(hire(0))
+        self._pulses = Pulses(lifeless_s)
+        self._ranks = self._hired()
         self._dead = False
 
     @property
@@ -106,9 +110,12 @@ class RemoteLearner:
         return self._version
 
     def begin_setup(self) -> list[ray.ObjectRef]:
-        """Starts the set-up of all ranks, which wait for each other; the caller waits for the references."""
+        """Starts the set-up of all ranks, which wait for each other; `end_setup` waits for the references."""
         meeting_point: ray.ObjectRef[str] = self._ranks[0].meeting_point.remote()
         return [rank.setup.remote(meeting_point) for rank in self._ranks]
+
+    def end_setup(self, begun: Sequence[ray.ObjectRef]) -> None:
+        self._all(begun, "setting up")
 
     def annotate(self, groups: Handle) -> Handle:
         if not self._annotates:
@@ -145,16 +152,24 @@ class RemoteLearner:
 
     def _start_again(self) -> None:
         self._dismiss(self._ranks)
+        for rank in self._ranks:
+            self._pulses.forget(rank)
         self._life, self._version = self._life + 1, 0
-        self._ranks = list(self._hire(self._life))
+        self._ranks = self._hired()
         self._all(self.begin_setup(), "setting up again")
         self._dead = False
+
+    def _hired(self) -> list[ActorHandle]:
+        ranks = list(self._hire(self._life))
+        for number, rank in enumerate(ranks):
+            self._pulses.follow(rank, f"rank {number}")
+        return ranks
 
     def _all(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
         """One answer a rank. Raises TrainerDied when one of the ranks is gone."""
         named = {f"rank {rank}": ref for rank, ref in enumerate(refs)}
         try:
-            return waiting.gather(named, f"policy trainer: {what}", self._timeout_s, PEERS_S)
+            return waiting.gather(named, f"policy trainer: {what}", self._timeout_s, PEERS_S, self._pulses)
         except waiting.KnownActorDied as died:
             if died.actor_id not in {rank._actor_id.hex() for rank in self._ranks}:
                 raise

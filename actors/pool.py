@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from actors import placement, waiting
+from actors import heartbeat, placement, waiting
 from actors.worker import Errand, Phase, Worker, cause_of_death
 from rlhf.errors import ActorDied, NoCapacity, RunFailed, WorkerLost
 from rlhf.interfaces import Handle, Published, Replacements, Result, Task
@@ -32,7 +32,8 @@ QUEUED = 2  # tasks that a worker without weights holds at a time: one to work o
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
     """A role's pool in plain values. `needed` of `size` workers must be up for the run to start; `asks_for` says in
-    words what each takes; `silence_s` is how long one that holds work may show nothing."""
+    words what each takes; `silence_s` is how long one that holds work may not advance, `lifeless_s` how long one may
+    show no sign of life, whatever it is at."""
 
     role: str
     size: int
@@ -40,6 +41,7 @@ class PoolSpec:
     takes_weights: bool
     asks_for: str
     silence_s: float
+    lifeless_s: float
     wait_timeout_s: float
     placement_timeout_s: float
     max_restarts: int
@@ -68,6 +70,7 @@ class ActorWorkers:
         now = time.monotonic()
         self._looked = self._drains_looked = self._last_up = self._last_placed = self._told = now
         self._started = False  # whether enough workers were up once
+        self._pulses = heartbeat.Pulses(spec.lifeless_s)
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._workers = [self._new_worker(slot) for slot in range(spec.size)]
@@ -152,11 +155,11 @@ class ActorWorkers:
         return waiting.get([handle], "fetching a value", self._spec.wait_timeout_s)[0]
 
     def close(self) -> None:
-        """Ends the thread, and the workers that have not found a place; the others are their owner's to end."""
+        """Ends the thread, and the workers that are not yet built; the others are their owner's to end."""
         self._closing.set()
         self._thread.join(timeout=ANSWER_TIMEOUT_S)
         for worker in self._workers:
-            if worker.phase == "asked":
+            if worker.phase in ("asked", "starting"):
                 self._let_go(worker.actor)
 
     def _raise_failure(self) -> None:
@@ -199,8 +202,11 @@ class ActorWorkers:
         if now - self._drains_looked > DRAIN_POLL_S:
             self._drains_looked = now
             self._heed_drains()
+            for worker in self._workers:
+                if worker.phase == "asked" and placement.has_a_process(worker.actor):
+                    worker.enter("starting", worker.awaited)
+        self._end_the_hung(now)
         for worker in list(self._workers):
-            self._end_if_silent(worker)
             if worker.leaving and not worker.errands:
                 self._retire(worker)
         self._dispatch()
@@ -210,6 +216,7 @@ class ActorWorkers:
         number, self._incarnations[slot] = self._incarnations[slot], self._incarnations[slot] + 1
         name = f"{self._spec.role}-{slot}" + (f".{number}" if number else "")
         actor, now = self._hire(name), time.monotonic()
+        self._pulses.follow(actor, name)
         return Worker(slot, name, actor, actor.where.remote(), now, now)
 
     def _read(self, worker: Worker) -> None:
@@ -254,7 +261,7 @@ class ActorWorkers:
         except RayError as error:
             self._not_up(worker, error)
             return
-        if worker.phase == "asked":
+        if worker.phase in ("asked", "starting"):
             worker.place = answer
             worker.enter("setting up", worker.actor.setup.remote())
         elif worker.phase == "setting up" and not self._spec.takes_weights:
@@ -310,21 +317,15 @@ class ActorWorkers:
     def _retire(self, worker: Worker) -> None:
         self._workers.remove(worker)
         self._let_go(worker.actor)
+        self._pulses.forget(worker.actor)
 
-    def _end_if_silent(self, worker: Worker) -> None:
-        """A worker that holds work and does not advance, or that is not up after too long, is ended."""
-        now = time.monotonic()
-        if worker.errands and now - worker.sign > self._spec.silence_s:
-            why = f"did not advance for {now - worker.sign:.0f} s"
-        elif (
-            worker.phase in ("setting up", "loading")
-            and not worker.errands
-            and (now - max(worker.since, worker.sign) > self._spec.wait_timeout_s)
-        ):
-            why = f"was {worker.phase} for {now - worker.since:.0f} s"
-        else:
-            return
-        self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
+    def _end_the_hung(self, now: float) -> None:
+        silent = {each.actor_id: each.seconds for each in self._pulses.silent()}
+        for worker in list(self._workers):
+            lifeless_s = silent.get(worker.actor._actor_id.hex(), 0.0)
+            why = worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s)
+            if why is not None:
+                self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
 
     def _lose(self, worker: Worker, how: str, why: str, *, counted: bool) -> None:
         """Ends what the worker held, and the worker, and asks for another one in its place.
@@ -373,7 +374,7 @@ class ActorWorkers:
     def _watch_capacity(self) -> None:
         """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""
         now = time.monotonic()
-        placed = sum(worker.place is not None for worker in self._workers)
+        placed = sum(worker.phase != "asked" for worker in self._workers)
         if placed >= (1 if self._started else self._spec.needed):
             self._last_placed = now
         up = any(worker.joined or worker.phase == "without weights" for worker in self._workers if not worker.leaving)

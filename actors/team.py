@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors import placement, waiting
+from actors import placement
 from actors.buffer import BufferActor, RemoteBuffer
 from actors.judge import JudgeActor
 from actors.policy import PolicyActor, RemoteLearner
@@ -96,7 +96,6 @@ class _Crew:
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     """Creates all actors at once, waits until each is set up, then puts the team together."""
-    timeout_s = order.blueprint.config.loop.wait_timeout_s
     buffer = _hire_buffer(order, crew)
     learner = _hire_learner(order, crew)
     rows = dataset_workers(order)
@@ -105,7 +104,7 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.get(learner.begin_setup(), "setting up the trainer", timeout_s)
+    learner.end_setup(learner.begin_setup())
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -122,6 +121,7 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
+        order.blueprint.config.loop.heartbeat_timeout_s,
     )
 
 
@@ -135,7 +135,8 @@ def _hire_learner(order: Order, crew: _Crew) -> RemoteLearner:
             for rank in range(role.replicas)
         ]
 
-    return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
+    timeouts = (config.loop.wait_timeout_s, config.loop.heartbeat_timeout_s)
+    return RemoteLearner(hire, crew.end, *timeouts, annotates=order.blueprint.learner_annotates)
 
 
 def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
@@ -191,6 +192,7 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         takes_weights=takes_weights,
         asks_for=placement.asked_by(role),
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
+        lifeless_s=loop.heartbeat_timeout_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,

@@ -1,6 +1,6 @@
 """One worker of a pool: an actor from being asked for to its end, and what it holds on the way.
 
-    asked -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
+    asked -> starting -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
 
 The actor has `where`, `setup` and `work`, and where its pool is given weights `load`. `work` yields pairs: a value,
 then (prompt id, seconds); or None and None, a mark: it has begun, or it has advanced. The driver fetches the second of
@@ -23,7 +23,7 @@ from rlhf.errors import RunFailed
 from rlhf.interfaces import Published, Task
 from rlhf.workers import held
 
-Phase = Literal["asked", "setting up", "without weights", "loading", "ready"]
+Phase = Literal["asked", "starting", "setting up", "without weights", "loading", "ready"]
 NAMED = 8  # prompts in a message
 HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
 
@@ -107,7 +107,7 @@ class Worker:
     @property
     def comes_up(self) -> bool:
         """Whether it waits for the answer that brings it to the next phase."""
-        return self.phase in ("asked", "setting up", "loading")
+        return self.phase in ("asked", "starting", "setting up", "loading")
 
     @property
     def whereabouts(self) -> str:
@@ -124,6 +124,19 @@ class Worker:
     def enter(self, phase: Phase, awaited: "ray.ObjectRef[Any]") -> None:
         self.phase, self.awaited = phase, awaited
         self.since = self.sign = time.monotonic()
+
+    def why_hung(self, now: float, lifeless_s: float, silence_s: float, wait_timeout_s: float) -> str | None:
+        """Why it is to be ended: it shows no sign of life (lifeless_s is not 0), it holds work and does not advance, or
+        it is not up after too long. One that loads large weights shows life, and may take as long as any other wait."""
+        if lifeless_s:
+            doing = "at work" if self.errands else self.phase
+            return f"was {doing} and showed no sign of life for {lifeless_s:.0f} s, stopped or cut off"
+        if self.errands and now - self.sign > silence_s:
+            return f"did not advance for {now - self.sign:.0f} s"
+        limited = self.phase in ("starting", "setting up", "loading") and not self.errands
+        if limited and now - max(self.since, self.sign) > wait_timeout_s:
+            return f"was {self.phase} for {now - self.since:.0f} s"
+        return None
 
     def start(self, task: Task, *, bound: bool) -> None:
         now = time.monotonic()

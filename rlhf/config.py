@@ -227,8 +227,9 @@ class LoopConfig(Section):
     )
     heartbeat_timeout_s: PositiveFloat = Field(
         default=120.0,
-        description="a rollout engine or judge that holds work and does not advance for so long is ended and replaced; "
-        "a reward function may use its reward.timeout_s on top",
+        description="an actor that shows no sign of life for so long, whatever it is at, is ended and replaced; so is a "
+        "rollout engine or judge that holds work and does not advance (a reward function may use its reward.timeout_s "
+        "on top)",
     )
 
 

@@ -34,8 +34,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SAMPLING = Sampling(1.0, 1.0, 0, 6)
 SILENCE_S = 5.0
+LIFELESS_S = 4.0
 MARK_EVERY_S = 0.5
-Faults = Mapping[int, tuple[str, int]]  # by prompt: what happens, and at how many of the first attempts
+# By prompt: what happens, and at how many of the first attempts; -1: to the first that loads which version; -2: to how
+# many of the first that are set up; -3: every load of this version takes long.
+Faults = Mapping[int, tuple[str, int]]
 
 
 def attempts(folder: Path, what: str) -> int:
@@ -59,12 +62,17 @@ class Engine:
         return place_of_this_actor()
 
     def setup(self) -> None:
-        if self._faults.get(-2) and not attempts(self._folder, "setup"):
-            os._exit(1)
+        what, times = self._faults.get(-2, ("", 0))
+        if attempts(self._folder, "setup") < times:
+            os._exit(1) if what == "exit" else os.kill(os.getpid(), signal.SIGSTOP)
 
     def load(self, weights: Weights) -> Receipt:
-        if weights.version == 2 and self._faults.get(-1) and not attempts(self._folder, "load"):
-            os._exit(1)
+        what, version = self._faults.get(-1, ("", 0))
+        if what and weights.version == version and not attempts(self._folder, "load"):
+            os._exit(1) if what == "exit" else os.kill(os.getpid(), signal.SIGSTOP)
+        if weights.version == self._faults.get(-3, ("", -1))[1]:
+            attempts(self._folder, f"slow-load-{os.getpid()}")
+            time.sleep(2 * LIFELESS_S)
         return self._generator.load(weights)
 
     def work(self, request: Request) -> Iterator[object]:
@@ -152,7 +160,16 @@ class OpeningBuffer(ExperienceBuffer):
 class Bench:
     """A source and a learner in this process, engines and judges as actors on the Ray that runs."""
 
-    def __init__(self, folder: Path, engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engines: int,
+        needed: int,
+        faults: Faults,
+        resources: Mapping[str, float],
+        silence_s: float = SILENCE_S,
+        lifeless_s: float = 600.0,
+    ) -> None:
         import ray
 
         from actors.judge import JudgeActor
@@ -169,7 +186,7 @@ class Bench:
         judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
-            return PoolSpec(role, size, needed, takes_weights, "spot: 1", SILENCE_S, 60.0, 60.0, 3)
+            return PoolSpec(role, size, needed, takes_weights, "spot: 1", silence_s, lifeless_s, 600.0, 60.0, 3)
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),
@@ -227,10 +244,10 @@ def ray_here() -> Iterator[None]:
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     built = []
 
-    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float]) -> Bench:
+    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float], **limits: float) -> Bench:
         folder = tmp_path / f"{len(built)}"
         folder.mkdir()
-        built.append(Bench(folder, engines, needed, faults, resources))
+        built.append(Bench(folder, engines, needed, faults, resources, **limits))
         return built[-1]
 
     yield build
@@ -251,7 +268,7 @@ def test_workers_that_die_or_hang_are_replaced_alone_and_a_poisoned_prompt_is_se
         8: ("stop", 1),
         10: ("long", 1),
         1001: ("kill", 1),
-        -1: ("load", 1),
+        -1: ("exit", 2),
     }
     team = bench(2, 2, faults, {})
     source = team.source(steps=3, groups=6)
@@ -282,7 +299,7 @@ def test_workers_that_die_or_hang_are_replaced_alone_and_a_poisoned_prompt_is_se
 def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_it_too(
     ray_here: None, bench: Callable[..., Bench]
 ) -> None:
-    team = bench(1, 1, {1: ("raise", 1), -2: ("setup", 1)}, {})
+    team = bench(1, 1, {1: ("raise", 1), -2: ("exit", 1)}, {})
     source = team.source(steps=1, groups=2)
     assert team.rollouts.replaced().died == 1, "it died once while it was set up"
     with pytest.raises(RunFailed, match=r"rollout-0\.1 failed at 'generate' on prompts 1: 'no such word'"):
@@ -291,6 +308,37 @@ def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_
     source = deadly.source(steps=1, groups=2)
     with pytest.raises(RunFailed, match="rollout-0 was lost 4 times in a row without a result"):
         deadly.train(source, 1, 2, lambda step: None)
+
+
+def test_a_worker_that_is_stopped_at_no_work_is_found_and_a_slow_load_is_left_alone(
+    ray_here: None, bench: Callable[..., Bench]
+) -> None:
+    """SIGSTOP to an engine while it is set up, while it loads version 0, while idle, and to an idle judge. All other
+    limits are minutes, so only the missing sign of life can find them. Meanwhile engines take twice the limit to
+    load version 1, and are left alone. Each stopped process is gone, and nobody else was replaced."""
+    faults: Faults = {-1: ("stop", 0), -2: ("stop", 1), -3: ("slow", 1)}
+    team = bench(2, 2, faults, {}, silence_s=600.0, lifeless_s=LIFELESS_S)
+    stopped: list[int] = []
+
+    def stop_idle() -> None:
+        for pool in (team.rollouts, team.judges):
+            place = pool._workers[0].place
+            assert place is not None
+            os.kill(place.pid, signal.SIGSTOP)
+            stopped.append(place.pid)
+
+    source = team.source(steps=2, groups=1)
+    told = team.train(source, 2, 1, lambda step: stop_idle() if step == 1 else None)
+    deadline = time.monotonic() + 120
+    while team.rollouts.size() < 2 or team.judges.size() < 1 or any(map(psutil.pid_exists, stopped)):
+        assert time.monotonic() < deadline, team.notes
+        team.rollouts.collect(0.0), team.judges.collect(0.1)
+    notes = "\n".join(team.notes)
+    assert team.learner.trained == [[0], [1]]
+    replaced = (team.rollouts.replaced(), team.judges.replaced())
+    assert [(each.died, each.hung, each.left) for each in replaced] == [(0, 3, 0), (0, 1, 0)], notes
+    assert all(f"was {phase} and showed no sign of life" in notes for phase in ("setting up", "loading", "ready"))
+    assert len(list(team.folder.glob("slow-load-*"))) >= 2 and len(told.measured) == 2
 
 
 class Nodes:
