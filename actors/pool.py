@@ -33,12 +33,13 @@ QUEUED = 2  # tasks that a worker without weights holds at a time: one to work o
 class PoolSpec:
     """A role's pool in plain values. `needed` of `size` workers must be up for the run to start; `asks_for` says in
     words what each takes; `silence_s` is how long one that holds work may not advance, `lifeless_s` how long one may
-    show no sign of life, whatever it is at."""
+    show no sign of life, whatever it is at; `mid_task`, whether weights are taken in the middle of a task."""
 
     role: str
     size: int
     needed: int
     takes_weights: bool
+    mid_task: bool
     asks_for: str
     silence_s: float
     lifeless_s: float
@@ -102,7 +103,7 @@ class ActorWorkers:
                 gone = WorkerLost(f"{worker} left before it began", counted=False)
                 self._finished.append(Result(task.number, task.prompt_ids, None, gone, worker, 0.0))
             else:
-                named.start(task, bound=True)
+                named.start(task, bound=True, in_slices=self._spec.mid_task)
 
     def collect(self, timeout_s: float) -> list[Result]:
         self._tell_notes()
@@ -252,7 +253,7 @@ class ActorWorkers:
 
     def _bring_up(self, worker: Worker) -> None:
         """The next phase, once what the worker waits for is there."""
-        if worker.phase == "loading" and worker.errands:
+        if worker.phase == "loading" and worker.errands and not self._spec.mid_task:
             return  # a worker does one thing after the other: it loads once its task is done
         if not ray.wait([worker.awaited], timeout=0, fetch_local=False)[0]:
             return
@@ -369,7 +370,9 @@ class ActorWorkers:
             able = [worker for worker in able if len(worker.errands) < room]
             if not able:
                 return
-            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(self._queue.popleft(), bound=False)
+            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(
+                self._queue.popleft(), bound=False, in_slices=self._spec.mid_task
+            )
 
     def _watch_capacity(self) -> None:
         """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""

@@ -190,6 +190,7 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
+        mid_task=takes_weights and order.blueprint.mid_sequence,
         asks_for=placement.asked_by(role),
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
         lifeless_s=loop.heartbeat_timeout_s,

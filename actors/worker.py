@@ -2,7 +2,8 @@
 
     asked -> starting -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
 
-The actor has `where`, `setup` and `work`, and where its pool is given weights `load`. `work` yields pairs: a value,
+The actor has `where`, `setup` and `work`, and where its pool is given weights `load`; where that may come in the middle
+of a task, `work` ends after a while and `go_on` yields the rest. `work` yields pairs: a value,
 then (prompt id, seconds); or None and None, a mark: it has begun, or it has advanced. The driver fetches the second of
 a pair only and passes the reference of the first on, so that a group never travels through the driver. The value goes
 first because Ray puts the error of a death wherever the next item would be: a pair that is whole holds no error."""
@@ -11,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ class Errand:
     missing: set[int]
     since: float
     version: int | None
+    go_on: "Callable[[], ray.ObjectRefGenerator] | None" = None  # the stream of the rest, where one ends early
     begun: bool = False
     value: "ray.ObjectRef[Any] | None" = None
 
@@ -72,6 +74,9 @@ class Errand:
             if ref is None:
                 if self.value is not None:
                     ray.get(self.value, timeout=HEADER_TIMEOUT_S)  # not a value but what ended the task: raises
+                if self.go_on is not None:
+                    self.stream = self.go_on()
+                    return
                 raise RunFailed(f"ended its work without an answer to prompts {self.named}")
             if self.value is None:
                 self.value = ref
@@ -138,12 +143,13 @@ class Worker:
             return f"was {self.phase} for {now - self.since:.0f} s"
         return None
 
-    def start(self, task: Task, *, bound: bool) -> None:
+    def start(self, task: Task, *, bound: bool, in_slices: bool) -> None:
         now = time.monotonic()
         if not self.errands:
             self.sign = now
         stream: ray.ObjectRefGenerator = self.actor.work.options(num_returns="streaming").remote(task.payload)
-        self.errands.append(Errand(task, bound, stream, set(task.prompt_ids), now, self.version))
+        go_on = self.actor.go_on.options(num_returns="streaming").remote if in_slices else None
+        self.errands.append(Errand(task, bound, stream, set(task.prompt_ids), now, self.version, go_on))
 
     def died_by(self, error: RayError) -> bool:
         """Whether an error is the death of this very actor, and not of the holder of an argument or a raised one."""

@@ -29,6 +29,11 @@ class Blueprint:
     learner_annotates: bool
     samples: bool
 
+    @property
+    def mid_sequence(self) -> bool:
+        """Whether engines take weights between two tokens of a sequence."""
+        return self.config.generation is not None and self.config.generation.weights_mid_sequence
+
 
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)

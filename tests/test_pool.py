@@ -186,7 +186,7 @@ class Bench:
         judge_class = JudgeActor.options(num_cpus=0, resources={"node:__internal_head__": 0.001})
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
-            return PoolSpec(role, size, needed, takes_weights, "spot: 1", silence_s, lifeless_s, 600.0, 60.0, 3)
+            return PoolSpec(role, size, needed, takes_weights, False, "spot: 1", silence_s, lifeless_s, 600.0, 60.0, 3)
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),
