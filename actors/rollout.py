@@ -50,13 +50,13 @@ class Rollout:
         self._steps = self._generator.steps(
             request.prompts, request.sampling, request.samples_per_prompt, request.purpose
         )
-        return self._slice(self._steps)
+        yield from self._slice(self._steps)
 
     def go_on(self) -> Iterator[Any]:
         """More of what the last `work` did not come to."""
         if self._steps is None:
             raise RunFailed("asked to go on, and nothing was begun")
-        return self._slice(self._steps)
+        yield from self._slice(self._steps)
 
     def _slice(self, steps: StepwiseGroups) -> Iterator[Any]:
         yield None

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import psutil
 import pytest
 
 from rlhf.admission import Demand
+from rlhf.algorithms.table import build
 from rlhf.buffer.audit import ExperienceView, verify
 from rlhf.buffer.store import ExperienceBuffer
-from rlhf.config import LoopConfig
+from rlhf.config import LoopConfig, RunConfig
 from rlhf.errors import NoCapacity, RunFailed
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Request
+from rlhf.interfaces import Published, Request, Result, Task
+from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.metrics import values as values_of
@@ -339,6 +342,57 @@ def test_a_worker_that_is_stopped_at_no_work_is_found_and_a_slow_load_is_left_al
     assert [(each.died, each.hung, each.left) for each in replaced] == [(0, 3, 0), (0, 1, 0)], notes
     assert all(f"was {phase} and showed no sign of life" in notes for phase in ("setting up", "loading", "ready"))
     assert len(list(team.folder.glob("slow-load-*"))) >= 2 and len(told.measured) == 2
+
+
+def test_new_weights_reach_an_engine_in_the_middle_of_its_task(
+    ray_here: None, tiny_run: Callable[..., RunConfig]
+) -> None:
+    """A real engine (transformers) at work on many long answers: the load does not wait for them, the answer under way
+    has tokens of both versions in their order, those that were out before are of the old one, and none comes twice."""
+    import ray
+
+    from actors.pool import ActorWorkers, PoolSpec
+    from actors.rollout import RolloutActor
+
+    config = tiny_run({}, {}, {"max_staleness": 1}, {})
+    assert config.generation is not None
+    generation = config.generation.model_copy(update={"weights_mid_sequence": True, "max_new_tokens": 200})
+    config = config.model_copy(update={"generation": generation})
+    learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+    learner.setup()
+    weights = learner.publish()
+    assert weights is not None
+    spec, notes = PoolSpec("rollout", 1, 1, True, True, "nothing", 120.0, 120.0, 600.0, 60.0, 3), list[str]()
+    pool = ActorWorkers(
+        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name), ray.kill, notes.append
+    )
+    try:
+        pool.wait_until_up()
+        pool.load(Published(0, weights.fingerprint, weights.size_bytes, ray.put(weights)))
+        ids = tuple(range(200))
+        request = Request(tuple(map(Supply().prompt, ids)), Sampling(1.0, 1.0, 0, 200), 2, "sample")
+        pool.submit(Task(0, ids, request), pool.free()[0])
+        came: list[Result] = []
+        while not came:
+            came += [result for result in pool.collect(0.1) if result.prompt_ids]
+        assert len(came) < len(ids) / 2, "the test is about a task that takes long"
+        newer = replace(weights, version=1)
+        (receipt,) = pool.load(Published(1, newer.fingerprint, newer.size_bytes, ray.put(newer)))
+        assert receipt.version == 1 and len(pool.holding()) == 1, notes
+        seen: list[list[int]] = []
+        while [0, 1] not in seen:
+            seen = [sorted({*map(int, pool.fetch(one.value).samples[0].versions)}) for one in came if one.value]
+            came += [result for result in pool.collect(0.1) if result.prompt_ids]
+            assert all(result.error is None for result in came) and len(came) < len(ids), came[-1]
+        assert seen[0] == [0] and seen == sorted(seen), seen
+        mixed = pool.fetch(came[seen.index([0, 1])].value).samples[0].versions
+        assert (np.diff(mixed) >= 0).all()
+        order = [prompt for result in came for prompt in result.prompt_ids]
+        assert order == list(range(len(order)))
+    finally:
+        pool.close()
+        for worker in pool._workers:
+            ray.kill(worker.actor)
 
 
 class Nodes:

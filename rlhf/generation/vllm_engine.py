@@ -183,7 +183,7 @@ class VllmGenerator(VersionedGenerator):
         self._engine.add_request(request, tokens_input(token_ids.tolist(), cache_salt=self._salt), params)
 
     def _step(self) -> list["RequestOutput"]:
-        """One step of the engine; the final outputs of those requests that it ended. Raises RunFailed if none is there."""
+        """One step of the engine; the final outputs of those that it ended. Raises RunFailed if there is no request."""
         if not self._engine.has_unfinished_requests():
             raise RunFailed(f"{self._spec.name}: vLLM has lost the requests {sorted(self._stamps)[:4]}")
         # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
