@@ -5,6 +5,7 @@ Not covered here: real engines and the command line (test_run_replacement.py), n
 
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter
@@ -483,6 +484,9 @@ def test_engines_join_and_leave_with_their_nodes_and_the_run_waits_when_there_ar
     overview = ExperienceView(team.folder / "experience.db").overview()
     assert (overview.counts.trained, overview.counts.lost, overview.counts.duplicated) == (36, 0, 0)
     assert not overview.attempts, "a node that leaves is no prompt's fault"
+    with sqlite3.connect(team.folder / "experience.db") as connection:  # step 2, the first that began with four engines
+        owners = {owner for (owner,) in connection.execute("SELECT owner FROM prompts WHERE id BETWEEN 8 AND 11")}
+    assert len(owners) == 4, f"each of the four took a lease, the three that joined too: {owners}"
     nodes.remove_all()
     with pytest.raises(NoCapacity, match="asks for spot: 1"):
         source.answer([Supply().prompt(2000)], SAMPLING)
