@@ -213,8 +213,8 @@ def test_one_of_two_deepspeed_ranks_dies_and_both_are_built_again(workplace: Pat
 def test_a_trainer_rank_and_a_buffer_that_are_stopped_for_good_are_replaced_alone(
     workplace: Path, start: Callable[..., Run]
 ) -> None:
-    """SIGSTOP without an end: no process ends by itself, and the deadlines are ten minutes. Each is found by its missing
-    signs of life and killed; the others stay the processes that they were, and nothing is generated again."""
+    """SIGSTOP without an end: no process ends by itself, and the deadlines are ten minutes. Each is found by its
+    missing signs of life and killed; the others stay the processes that they were, and nothing is generated again."""
     run = start("loop.heartbeat_timeout_s=8")
     run.until(lambda: len(run.rows()) > 4)
     engine, judges = run.actors("Rollout"), run.actors("JudgeHost")
@@ -223,7 +223,8 @@ def test_a_trainer_rank_and_a_buffer_that_are_stopped_for_good_are_replaced_alon
         os.kill(stopped, signal.SIGSTOP)
         run.until(lambda fault=fault: any(row[fault] == 1 for row in run.rows()[-2:]))
         run.until(lambda stopped=stopped: stopped not in {process.pid for process in run.below()})
-    run.until(lambda done=len(run.rows()): len(run.rows()) > done + 3)
+    done = len(run.rows())
+    run.until(lambda: len(run.rows()) > done + 3)
     assert "has shown no sign of life for" in run.said()
     assert run.actors("Rollout") == engine and run.actors("JudgeHost") == judges
     os.killpg(run.process.pid, signal.SIGTERM)
