@@ -77,7 +77,8 @@ class Pulses:
 
     def forget(self, actor: ActorHandle) -> None:
         self._heard.pop(actor._actor_id.hex(), None)
-        internal_kv._internal_kv_del(actor._actor_id.hex(), namespace=NAMESPACE)
+        with contextlib.suppress(RpcError):  # a key that stays takes a hundred bytes
+            internal_kv._internal_kv_del(actor._actor_id.hex(), namespace=NAMESPACE)
 
     def silent(self) -> list[Silent]:
         """Those of whom nothing was heard for longer than limit_s. Looks at most once in EVERY_S."""
