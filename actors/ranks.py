@@ -33,7 +33,10 @@ class RankGroup:
 
     def named(self, refs: Sequence[ray.ObjectRef]) -> dict[str, ray.ObjectRef]:
         """One answer a rank, by who gives it."""
-        return {f"{self._name} rank {number}": ref for number, ref in enumerate(refs)}
+        return {self.name_of(number): ref for number, ref in enumerate(refs)}
+
+    def name_of(self, number: int) -> str:
+        return f"{self._name} rank {number}"
 
     def has(self, actor_id: str) -> bool:
         """Whether an actor (hex id) is one of the ranks."""

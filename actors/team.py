@@ -128,7 +128,6 @@ def _reserve(name: str, role: Ranks, crew: _Crew) -> _Reserved:
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
-    timeout_s = order.blueprint.config.loop.wait_timeout_s
     cluster = order.cluster
     reserved = {"trainer": _reserve("trainer", cluster.trainer, crew)}
     if order.blueprint.has_critic:
@@ -144,7 +143,7 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.gather(learner.begin_setup(), "setting up the trainer", timeout_s, 0.0)
+    learner.set_up()
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -169,6 +168,7 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
+        order.blueprint.config.loop.heartbeat_timeout_s,
     )
 
 
@@ -177,7 +177,10 @@ def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) 
     blueprint = order.blueprint
     policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
     critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
-    return RemoteLearner(policy, critic, blueprint.config.loop.wait_timeout_s, annotates=blueprint.learner_annotates)
+    loop = blueprint.config.loop
+    return RemoteLearner(
+        policy, critic, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
+    )
 
 
 def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
@@ -268,8 +271,10 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
+        mid_task=takes_weights and order.blueprint.mid_sequence,
         resources=role,
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
+        lifeless_s=loop.heartbeat_timeout_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,
