@@ -20,8 +20,9 @@ GIB, MIB = 1 << 30, 1 << 20
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # Float32 arrays of logits that exist together while a chunk's log-probabilities are differentiated; while it is scored.
 LOGIT_COPIES_TRAINING, LOGIT_COPIES_FORWARD = 4, 3
-# vLLM keeps what its largest batch of prompt tokens takes; of each logit its sampler has five float32 and an int64.
-PROMPT_TOKENS_PER_STEP, SAMPLER_BYTES = 4096, 28
+# vLLM on a CPU reads so many prompt tokens in a step; what one layer frees the allocator keeps beside the next one's.
+# Of each logit its sampler has five float32 and an int64.
+PROMPT_TOKENS_PER_STEP, LAYERS_KEPT, SAMPLER_BYTES = 4096, 2, 28
 # Resident memory of a process with its libraries and the tiny model, measured on this lock (docs/plan.md).
 LIBRARIES = {
     "deepspeed": 640 * MIB,
@@ -238,7 +239,7 @@ def vllm_parts(
     batched = max(PROMPT_TOKENS_PER_STEP, sequence)
     layer = 3 * shape.hidden + 2 * (shape.attention + shape.key_value) + (3 if shape.gated else 2) * shape.intermediate
     logits = generation.max_sequences * shape.vocabulary * SAMPLER_BYTES
-    passes = Part("activations and logits", batched * layer * width + logits, "held", "device")
+    passes = Part("activations and logits", LAYERS_KEPT * batched * layer * width + logits, "held", "device")
     held = [Part("weights", weights, "held", "device"), passes]
     if memory is not None:
         cache = max(0.0, generation.gpu_memory_fraction * memory - weights - passes.size)
