@@ -143,7 +143,7 @@ def trainer_parts(
     # With a tied head the gradient of one use waits for that of the other.
     embedding = 0.0 if lora is not None else width * shape.embedding * (2 if shape.tied else 1)
     return [
-        *_held(states, ""),
+        *_held(states),
         Part("gradients of a pass", passing, "update", "device"),
         Part("activations", activations, "update", "device"),
         Part("logits", chunk * shape.vocabulary * (4 * LOGIT_COPIES_TRAINING + width % 4), "update", "device"),
@@ -154,13 +154,16 @@ def trainer_parts(
 
 
 def critic_parts(shape: Shape, learner: LearnerConfig, ranks: int, passes: Passes) -> list[Part]:
-    """The critic beside the policy: held too, with passes of its own that follow the policy's."""
+    """The critic on one rank: trained whole, in the policy's micro-batches, with a scalar head."""
     states, passing = training(shape.scoring_parameters, 0, learner, ranks, gpu=passes.gpu)
     activations = passes.tokens * activation_bytes(shape, learner.dtype, passes)
-    embedding = WIDTH[learner.dtype] * shape.embedding
+    trained = shape.scoring_parameters
     return [
-        *_held(states, "critic: "),
-        Part("critic: passes", passing + activations + embedding, "score", "device"),
+        *_held(states),
+        Part("gradients of a pass", passing, "update", "device"),
+        Part("activations", activations, "update", "device"),
+        Part("gradient of the embedding", WIDTH[learner.dtype] * shape.embedding, "update", "device"),
+        Part("AdamW's step", _step_bytes(trained, shape, learner, ranks, passes), "step", "device"),
     ]
 
 
@@ -172,14 +175,14 @@ def _step_bytes(trained: float, shape: Shape, learner: LearnerConfig, ranks: int
     return 4.0 * trained if passes.gpu else 8.0 * min(trained, shape.embedding)
 
 
-def _held(states: States, prefix: str) -> list[Part]:
+def _held(states: States) -> list[Part]:
     named = {
         "weights": states.weights,
         "masters": states.masters,
         "gradients": states.gradients,
         "optimizer": states.moments,
     }
-    return [Part(prefix + name, size, "held", "device") for name, size in named.items()]
+    return [Part(name, size, "held", "device") for name, size in named.items()]
 
 
 def activation_bytes(shape: Shape, dtype: Dtype, passes: Passes) -> float:
