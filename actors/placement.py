@@ -191,10 +191,9 @@ class RankPlaces:
         found: Mapping[int, str] = table["bundles_to_node_id"]
         return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
 
-    @property
-    def were_taken(self) -> bool:
-        """Whether ranks had these places before."""
-        return bool(self._before)
+    def are_where_they_were(self) -> bool:
+        """Whether each of the places that were handed out last is still on its node, and that node is up."""
+        return sorted(self._nodes()) == sorted(self._before) and self.placed() == len(self._before)
 
     def renew(self) -> None:
         """Before ranks are started again: gives up places on nodes that are about to go."""
@@ -248,6 +247,11 @@ def is_alive(node_id: str) -> bool:
     """Whether a node is up and stays."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return node_id in alive and node_id not in draining_nodes()
+
+
+def has_a_process(actor: ActorHandle) -> bool:
+    """Whether an actor has found room and its constructor has begun, or was."""
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
 
 
 def supply() -> str:

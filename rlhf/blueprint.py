@@ -35,6 +35,11 @@ class Blueprint:
         """Whether a second model is trained beside the policy, with ranks of its own."""
         return isinstance(self.algorithm, ActorCriticAlgorithm)
 
+    @property
+    def mid_sequence(self) -> bool:
+        """Whether engines take weights between two tokens of a sequence."""
+        return self.config.generation is not None and self.config.generation.weights_mid_sequence
+
 
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)

@@ -22,6 +22,7 @@ from rlhf.config import RunConfig
 from rlhf.data.recorded import RecordedSet
 from rlhf.errors import ActorDied, BadInput, RunFailed, TrainerDied
 from rlhf.evaluation import heldout
+from rlhf.judges.scales import SCALES_FILE
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, Observer, Outcome, append_durably, read_jsonl
@@ -323,7 +324,7 @@ def _archive(cluster: Cluster, run_dir: Path, observer: Observer) -> Archive | N
     place = cluster.storage
     if place.address is None:
         return None
-    logs = (CONFIG_FILE, METRICS_FILE, EVALUATIONS_FILE)
+    logs = (CONFIG_FILE, METRICS_FILE, EVALUATIONS_FILE, SCALES_FILE)
     return Archive(Storage(place.address), run_dir, place.buffer_every, logs, observer.note)
 
 
