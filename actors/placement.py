@@ -50,6 +50,7 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RLHF_CACHE", RUN_VARIABLE)
 def roles_of(cluster: Cluster) -> Mapping[str, Role]:
     return {
         "trainer": cluster.trainer,
+        "critic": cluster.critic,
         "rollout": cluster.rollout,
         "reference": cluster.reference,
         "reward": cluster.reward,
@@ -179,6 +180,11 @@ class RankPlaces:
         table = placement_group_table(self._group)
         found: Mapping[int, str] = table["bundles_to_node_id"]
         return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
+
+    @property
+    def were_taken(self) -> bool:
+        """Whether ranks had these places before."""
+        return bool(self._before)
 
     def are_where_they_were(self) -> bool:
         """Whether each of the places that were handed out last is still on its node, and that node is up."""

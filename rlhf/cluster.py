@@ -96,6 +96,7 @@ class Cluster(Section):
     )
     storage: StoragePlace = Field(default_factory=StoragePlace, description="a copy of the run elsewhere")
     trainer: Ranks = Field(default_factory=Ranks, description="ranks of the policy trainer")
+    critic: Ranks = Field(default_factory=Ranks, description="ranks of the critic; none without one (PPO has one)")
     rollout: Role = Field(default_factory=Role, description="rollout engines")
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
@@ -105,7 +106,7 @@ class Cluster(Section):
     def _fixed_in_number(self) -> Self:
         if self.buffer.replicas != 1:
             raise ValueError(f"buffer.replicas must be 1, the ledger has one writer; found {self.buffer.replicas}")
-        for name, role in (("trainer", self.trainer), ("buffer", self.buffer)):
+        for name, role in (("trainer", self.trainer), ("critic", self.critic), ("buffer", self.buffer)):
             if role.min_replicas is not None:
                 raise ValueError(f"{name}.min_replicas: the {name} does not grow or shrink during a run; leave it out")
         return self
@@ -120,5 +121,6 @@ def this_machine(cores: int) -> Cluster:
 
     cores, those of the machine. The CPUs are logical, so that they add up to more than there are.
     """
-    whole = Role(cpus=cores)
-    return Cluster(trainer=Ranks(cpus=cores), rollout=whole, reference=whole)
+    return Cluster(
+        trainer=Ranks(cpus=cores), critic=Ranks(cpus=cores), rollout=Role(cpus=cores), reference=Role(cpus=cores)
+    )

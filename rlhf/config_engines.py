@@ -77,5 +77,5 @@ class LearnerConfig(Section):
         default=512, description="completion positions whose logits exist at the same time"
     )
     threads: PositiveInt | None = Field(
-        default=None, description="CPU threads of a trainer rank; null: what the cluster file gives"
+        default=None, description="CPU threads of a trainer or critic rank; null: what the cluster file gives"
     )

@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
 import yaml
 
+import rlhf.cli.submit as submit_command
+from rlhf.cli.main import main
 from rlhf.cli.submit import LARGEST_FILE_MIB, packed
 from rlhf.cluster import Cluster
 from rlhf.errors import BadInput
@@ -32,8 +35,11 @@ RUN = {
     "learner": {"engine": "torch"},
     "reward": {"function": "reward.py:reward"},
 }
-CLUSTER = {"address": "auto"} | {
-    role: {"cpus": 0.1} for role in ("trainer", "rollout", "reference", "reward", "buffer")
+TAG = {"trainer": 0.01}
+CLUSTER = {
+    "address": "auto",
+    **{role: {"cpus": 0.1} for role in ("trainer", "rollout", "reference", "reward")},
+    "buffer": {"cpus": 0.1, "resources": TAG},
 }
 
 
@@ -68,9 +74,10 @@ def server() -> Iterator[tuple[str, Mapping[str, str]]]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = f"start --head --block --port={port} --dashboard-port={dashboard} --include-dashboard=true --num-cpus=2"
+    tags = ["--resources", json.dumps({"trainer": 1})]
     ports = f"--ray-client-server-port={free_port()} --disable-usage-stats --object-store-memory=200000000"
     head = subprocess.Popen(
-        [str(binaries / "ray"), *command.split(), *ports.split(), f"--temp-dir={folder}"],
+        [str(binaries / "ray"), *command.split(), *ports.split(), *tags, f"--temp-dir={folder}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -122,6 +129,7 @@ def test_a_run_is_shipped_followed_and_gone_on_with(workplace: Path, server: tup
     first = submit(workplace, server)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "step 1/1" in first.stdout and "ray job submit" in first.stdout
+    assert """--entrypoint-resources '{"trainer": 0.01}'""" in first.stdout
     assert TOKEN not in first.stdout + first.stderr
     again = submit(workplace, server, "loop.num_steps=2")
     assert again.returncode == 0, again.stdout + again.stderr
@@ -174,6 +182,36 @@ def test_a_file_too_large_to_travel_is_refused_by_its_key(workplace: Path) -> No
         packed(settings, Cluster(address="auto"), ship=True),
     ):
         pass
+
+
+@pytest.mark.parametrize(("resources", "asked"), [(TAG, TAG), ({}, None)])
+def test_the_driver_goes_to_the_buffer(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, resources: Mapping[str, float], asked: object
+) -> None:
+    """The job asks for the buffer's custom resources; a buffer without any leaves the driver on the head.
+
+    Not covered: that Ray then starts it there; the runs above have a head with that resource.
+    """
+    (workplace / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "buffer": {"resources": dict(resources)}}))
+    monkeypatch.setattr(submit_command, "_client", lambda address: Submissions())
+    monkeypatch.setattr(Submissions, "seen", [])
+    monkeypatch.chdir(workplace)
+    words = ["submit", "run.yaml", "--cluster", "cluster.yaml", "--run-dir", "/tmp/out", "--detach"]
+    assert main(words) == 0
+    assert [job["entrypoint_resources"] for job in Submissions.seen] == [asked]
+
+
+class Submissions:
+    """A job server that takes everything and runs nothing."""
+
+    seen: ClassVar[list[dict[str, object]]] = []
+
+    def list_jobs(self) -> list[object]:
+        return []
+
+    def submit_job(self, **job: object) -> str:
+        self.seen.append(job)
+        return "raysubmit_1"
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,16 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
     _check_kernels(config, cluster)
-    _check_cluster(config, cluster)
     if cluster.storage.address is not None:
         Storage(cluster.storage.address)  # refuses what it cannot open
+    check_model(config.model.name)
+    check_settings(config, cluster)
+
+
+def check_settings(config: RunConfig, cluster: Cluster) -> None:
+    """The part that any machine can check, whatever is installed on it: cluster file against run file, the rows'
+    columns, reward function or model, the settings against the kind of model. Reads config.json of the model."""
+    _check_cluster(config, cluster)
     records = load_rows(config.data)
     if config.records == "prompts":
         for record in records:
@@ -46,7 +53,6 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
         check_reward(config.reward)
     if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
         check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=False)
-    check_model(config.model.name)
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
 
@@ -149,10 +155,18 @@ def _check_encoder_decoder(config: RunConfig) -> None:
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
-    if config.learner.engine == "torch" and cluster.trainer.replicas > 1:
+    has_critic = isinstance(config.algorithm, PpoConfig)
+    trained = {"trainer": cluster.trainer, **({"critic": cluster.critic} if has_critic else {})}
+    for name, role in trained.items():
+        if config.learner.engine == "torch" and role.replicas > 1:
+            raise BadInput(
+                f"cluster file: {name}.replicas={role.replicas}, but learner.engine=torch trains in one process; "
+                "expected 1, or learner.engine=deepspeed"
+            )
+    if has_critic and cluster.trainer.gpus and not cluster.critic.gpus:
         raise BadInput(
-            f"cluster file: trainer.replicas={cluster.trainer.replicas}, but learner.engine=torch trains in one "
-            "process; expected 1, or learner.engine=deepspeed"
+            f"cluster file: critic.gpus=0 while trainer.gpus={cluster.trainer.gpus:g}: the critic, a model as large as "
+            "the policy, would be trained on CPUs. Expected a section critic with GPUs"
         )
 
 

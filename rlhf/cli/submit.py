@@ -2,7 +2,8 @@
 
 What travels is a folder with the run file, the cluster file, the local files that the run file names, and this very
 version of `rlhf` and `actors`; the libraries must be installed on the cluster. The run itself stays in its run
-directory there, so that submitting it again goes on with it.
+directory there, so that submitting it again goes on with it. The driver asks for the custom resources of the buffer, as
+driver and buffer share a file that two nodes cannot share; without any it is on the head.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,15 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
         with packed(settings, cluster, ship=not arguments.ship_nothing) as folder:
             words = ["python", "-m", "rlhf.cli.main", "run", "run.yaml", "--cluster", "cluster.yaml"]
             entrypoint = shlex.join([*words, "--run-dir", arguments.run_dir])
+            beside = dict(cluster.buffer.resources)
             job = _ask(
                 lambda: client.submit_job(
                     entrypoint=entrypoint,
                     runtime_env={"working_dir": str(folder)},
                     metadata={RUN_DIR_KEY: arguments.run_dir},
+                    entrypoint_resources=beside or None,
                 )
             )
         print(f"{job}: {arguments.config.name} in {arguments.run_dir}. By hand, in a folder with the same files:")
-        print(f"  ray job submit --address {arguments.address} --working-dir . -- {entrypoint}", flush=True)
+        print(f"  {_by_hand(arguments.address, beside)} --working-dir . -- {entrypoint}", flush=True)
     else:
         print(f"{job} is at {arguments.run_dir} already: following it", flush=True)
     if arguments.detach:
@@ -138,6 +141,11 @@ def _shipped(value: Any, key: str, folder: Path) -> Any:
     else:
         shutil.copy2(source, folder / copy)
     return f"{copy}{colon}{function}"
+
+
+def _by_hand(address: str, beside: Mapping[str, float]) -> str:
+    words = ["ray", "job", "submit", "--address", address]
+    return shlex.join([*words, "--entrypoint-resources", json.dumps(beside)] if beside else words)
 
 
 def _client(address: str) -> "JobSubmissionClient":

@@ -48,7 +48,7 @@ _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 class DeepSpeedEngine:
-    """AdamW over the ranks of the process group that `join` set up, which a policy and its critic share.
+    """AdamW over the ranks of a process group, see `join`; a policy and a critic in one process share it.
 
     ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too. bfloat16 keeps float32 masters. Gradients are
     accumulated in float32, but for ZeRO 0 in bfloat16, where DeepSpeed can only do it in bfloat16.
@@ -130,7 +130,7 @@ class DeepSpeedEngine:
             self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
     def close(self) -> None:
-        """Where `leaves_group`, which must be the last to close, leaves the process group."""
+        """Where `leaves_group`, leaves the process group; whoever shares it must have closed before."""
         if dist.is_initialized():  # vLLM in the same process ends the group for all when it is closed
             self._engine.destroy()
             if self._leaves_group:
@@ -221,12 +221,21 @@ class DeepSpeedEngine:
         return Step(norm, applied)
 
 
-def join(rank: int, world_size: int, meeting_point: str | None) -> None:
-    """Joins the process group of the ranks; one rank needs no network. meeting_point is host:port of rank 0."""
+def join(rank: int, world_size: int, meeting_point: str | None) -> bool:
+    """Joins the process group of the ranks; one rank needs no network. meeting_point is host:port of rank 0.
+
+    False, and nothing to leave, where the process is that rank of such a group already. Raises RunFailed where it is
+    part of another one."""
+    if dist.is_initialized():
+        found = (dist.get_rank(), dist.get_world_size())
+        if found != (rank, world_size):
+            raise RunFailed(
+                f"this process is rank {found[0]} of {found[1]} of a process group and cannot be rank {rank} of "
+                f"{world_size} of another one: one group of ranks a process"
+            )
+        return False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    if dist.is_initialized():
-        raise RunFailed("this process is already part of a process group: one trainer rank a process")
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -235,6 +244,7 @@ def join(rank: int, world_size: int, meeting_point: str | None) -> None:
         )
     free_abandoned_locks()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return True
 
 
 def settings(config: LearnerConfig, world_size: int, *, clips_here: bool) -> dict[str, Any]:

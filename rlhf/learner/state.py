@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import BadInput
 
+LEARNER_FILE = "learner.json"  # in trainer/: the version, and what the algorithm carries from step to step
+CRITIC_FOLDER = "critic"  # in trainer/: the critic's state, in the same form as the policy's
 INDEX_FILE = "state.json"
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's first and second moment

@@ -71,10 +71,19 @@ def is_encoder_decoder(name: str) -> bool:
     """
     if name in BUILT:
         return name == TINY_T5
+    return bool(read_config(name).get("is_encoder_decoder", False))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """config.json of a model folder or hub name; of the hub nothing else is fetched. Raises BadInput without one."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _from_hub(name, ["config.json"])
-    return bool(_read_json(folder / "config.json").get("is_encoder_decoder", False))
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"model.name: {folder} has no config.json, so it is not a model folder; it holds {_listing(folder)}"
+        )
+    return _read_json(folder / "config.json")
 
 
 def check_folder(folder: Path) -> None:
