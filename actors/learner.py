@@ -8,6 +8,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors import waiting
+from actors.heartbeat import Pulses
 from actors.ranks import RankGroup
 from rlhf import metrics
 from rlhf.errors import RunFailed, TrainerDied
@@ -23,23 +24,29 @@ class RemoteLearner:
 
     Policy and critic work at the same time: both fill in their columns of the same groups, and both learn from the
     same batch. A call that finds a rank of either dead raises TrainerDied; the next `load` then starts all ranks of
-    both anew, because the critic of a policy is the one that learnt from the same steps."""
+    both anew, because the critic of a policy is the one that learnt from the same steps. A rank that shows no sign of
+    life for lifeless_s counts as dead."""
 
-    def __init__(self, policy: RankGroup, critic: RankGroup | None, timeout_s: float, *, annotates: bool) -> None:
+    def __init__(
+        self, policy: RankGroup, critic: RankGroup | None, timeout_s: float, lifeless_s: float, *, annotates: bool
+    ) -> None:
         self._policy = policy
         self._trained = [policy] if critic is None else [policy, critic]
         self._timeout_s = timeout_s
         self._annotates = annotates
         self._life, self._version = 0, 0
         self._dead = False
+        self._pulses = Pulses(lifeless_s)
+        for group in self._trained:
+            self._listen_to(group)
 
     @property
     def version(self) -> int:
         return self._version
 
-    def begin_setup(self) -> dict[str, ray.ObjectRef]:
-        """Starts the set-up of all ranks; the caller waits for the answers."""
-        return {name: ref for group in self._trained for name, ref in group.begin_setup().items()}
+    def set_up(self) -> None:
+        begun = {name: ref for group in self._trained for name, ref in group.begin_setup().items()}
+        self._all(begun, "setting up")
 
     def annotate(self, groups: Handle) -> Handle:
         if not self._annotates:
@@ -81,9 +88,16 @@ class RemoteLearner:
     def _start_again(self) -> None:
         self._life, self._version = self._life + 1, 0
         for group in self._trained:
+            for rank in group.ranks:
+                self._pulses.forget(rank)
             group.hire_again()
-        self._all(self.begin_setup(), "setting up again")
+            self._listen_to(group)
+        self.set_up()
         self._dead = False
+
+    def _listen_to(self, group: RankGroup) -> None:
+        for number, rank in enumerate(group.ranks):
+            self._pulses.follow(rank, group.name_of(number))
 
     def _ask(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> dict[str, ray.ObjectRef]:
         """The same call to every rank of policy and critic, the policy's rank 0 first; answers by who gives them."""
@@ -95,7 +109,7 @@ class RemoteLearner:
     def _all(self, named: dict[str, ray.ObjectRef], what: str) -> list[Any]:
         """The answers, in order. Raises TrainerDied when one of the ranks is gone."""
         try:
-            return waiting.gather(named, f"trainer: {what}", self._timeout_s, PEERS_S)
+            return waiting.gather(named, f"trainer: {what}", self._timeout_s, PEERS_S, self._pulses)
         except waiting.KnownActorDied as died:
             if not any(group.has(died.actor_id) for group in self._trained):
                 raise

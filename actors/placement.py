@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
 from ray.actor import ActorHandle
 from ray.util.placement_group import (
@@ -80,6 +81,8 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         "logging_level": logging.ERROR,
     }
     _agree_on_a_token()
+    if cluster.listen == "loopback":
+        _stay_on_loopback()
     keeper = Keeper(settings, START_TIMEOUT_S)
     try:
         with _joined(keeper.address):
@@ -94,6 +97,13 @@ def _agree_on_a_token() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         Config.initialize("")  # Ray reads the mode once, when it is imported; it does the same in a local `ray.init`
+
+
+def _stay_on_loopback() -> None:
+    """Has a Ray that is started here, and all that it starts, listen at 127.0.0.1 only. `ray.init` alone cannot: it
+    takes every loopback address for the machine's own, and most of its servers then listen at all addresses."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment once, when Ray was imported
 
 
 @contextmanager
@@ -181,11 +191,6 @@ class RankPlaces:
         found: Mapping[int, str] = table["bundles_to_node_id"]
         return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
 
-    @property
-    def were_taken(self) -> bool:
-        """Whether ranks had these places before."""
-        return bool(self._before)
-
     def are_where_they_were(self) -> bool:
         """Whether each of the places that were handed out last is still on its node, and that node is up."""
         return sorted(self._nodes()) == sorted(self._before) and self.placed() == len(self._before)
@@ -242,6 +247,11 @@ def is_alive(node_id: str) -> bool:
     """Whether a node is up and stays."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return node_id in alive and node_id not in draining_nodes()
+
+
+def has_a_process(actor: ActorHandle) -> bool:
+    """Whether an actor has found room and its constructor has begun, or was."""
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
 
 
 def supply() -> str:

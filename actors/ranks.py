@@ -8,21 +8,23 @@ from ray.actor import ActorHandle
 
 
 class RankGroup:
-    """The ranks of one role, which meet in collectives of their own. dismiss ends them, dead or alive."""
+    """The ranks of one role, which meet in collectives of their own. start_again brings others in the place of all, and
+    dismiss ends them, dead or alive."""
 
     def __init__(
         self,
         name: str,
-        hire: Callable[[], Sequence[ActorHandle]],
+        ranks: Sequence[ActorHandle],
+        start_again: Callable[[], Sequence[ActorHandle]],
         dismiss: Callable[[Sequence[ActorHandle]], None],
     ) -> None:
-        self._name, self._hire, self._dismiss = name, hire, dismiss
-        self.ranks = list(hire())
+        self.ranks = list(ranks)
+        self._name, self._start_again, self._dismiss = name, start_again, dismiss
 
     def hire_again(self) -> None:
         """Other ranks in the place of all; those that are left wait for a dead one in a collective."""
         self._dismiss(self.ranks)
-        self.ranks = list(self._hire())
+        self.ranks = list(self._start_again())
 
     def begin_setup(self) -> dict[str, ray.ObjectRef]:
         """Starts the set-up of all ranks, which wait for each other; the caller waits for the answers."""
@@ -31,7 +33,10 @@ class RankGroup:
 
     def named(self, refs: Sequence[ray.ObjectRef]) -> dict[str, ray.ObjectRef]:
         """One answer a rank, by who gives it."""
-        return {f"{self._name} rank {number}": ref for number, ref in enumerate(refs)}
+        return {self.name_of(number): ref for number, ref in enumerate(refs)}
+
+    def name_of(self, number: int) -> str:
+        return f"{self._name} rank {number}"
 
     def has(self, actor_id: str) -> bool:
         """Whether an actor (hex id) is one of the ranks."""
@@ -40,6 +45,6 @@ class RankGroup:
 
 def free_address() -> str:
     """host:port of this node, where the ranks of a group may meet: rank 0 is asked, and its system picks the port."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+    address: str = ray.util.get_node_ip_address()
+    with socket.create_server((address, 0)) as probe:
+        return f"{address}:{probe.getsockname()[1]}"

@@ -128,7 +128,6 @@ def _reserve(name: str, role: Ranks, crew: _Crew) -> _Reserved:
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
-    timeout_s = order.blueprint.config.loop.wait_timeout_s
     cluster = order.cluster
     reserved = {"trainer": _reserve("trainer", cluster.trainer, crew)}
     if order.blueprint.has_critic:
@@ -144,7 +143,7 @@ def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.gather(learner.begin_setup(), "setting up the trainer", timeout_s, 0.0)
+    learner.set_up()
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -169,6 +168,7 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
+        order.blueprint.config.loop.heartbeat_timeout_s,
     )
 
 
@@ -177,7 +177,10 @@ def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) 
     blueprint = order.blueprint
     policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
     critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
-    return RemoteLearner(policy, critic, blueprint.config.loop.wait_timeout_s, annotates=blueprint.learner_annotates)
+    loop = blueprint.config.loop
+    return RemoteLearner(
+        policy, critic, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
+    )
 
 
 def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
@@ -190,10 +193,7 @@ def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved
             for rank, seat in enumerate(seats.seats())
         ]
 
-    def hire() -> list[ActorHandle]:
-        return _started_again(order, crew, reserved, start) if seats.were_taken else start()
-
-    return RankGroup(name, hire, crew.end)
+    return RankGroup(name, start(), partial(_started_again, order, crew, reserved, start), crew.end)
 
 
 def _started_again(
@@ -201,7 +201,7 @@ def _started_again(
 ) -> list[ActorHandle]:
     """Ranks in the places of dead ones, once these are on nodes that are up. A dead node may pass for one for a while:
     ranks that were started on it die with it, and are started once more when it has been replaced."""
-    seats, claim = reserved.seats, reserved.claim
+    claim, seats = reserved.claim, reserved.seats
     while True:
         seats.renew()
         _wait_for_places(order, [claim])
@@ -272,8 +272,10 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
+        mid_task=takes_weights and order.blueprint.mid_sequence,
         resources=role,
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
+        lifeless_s=loop.heartbeat_timeout_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,

@@ -1,6 +1,6 @@
 """What a run needs, derived from its run file: the same for a team in one process and a team on Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.admission import Demand
 from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, ScoreAlgorithm
@@ -35,6 +35,11 @@ class Blueprint:
         """Whether a second model is trained beside the policy, with ranks of its own."""
         return isinstance(self.algorithm, ActorCriticAlgorithm)
 
+    @property
+    def mid_sequence(self) -> bool:
+        """Whether engines take weights between two tokens of a sequence."""
+        return self.config.generation is not None and self.config.generation.weights_mid_sequence
+
 
 def draw(config: RunConfig) -> Blueprint:
     algorithm = build(config.algorithm)
@@ -59,6 +64,12 @@ def draw(config: RunConfig) -> Blueprint:
         learner_annotates,
         config.records == "prompts",
     )
+
+
+def without_rollouts(blueprint: Blueprint) -> Blueprint:
+    """The same training where all groups are there, judged, before it begins: nobody samples and nobody judges."""
+    config = blueprint.config.model_copy(update={"reward": None})
+    return replace(blueprint, config=config, reference_judge=False, samples=False)
 
 
 def training_sampling(config: RunConfig) -> Sampling:

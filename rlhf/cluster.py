@@ -84,6 +84,11 @@ class Cluster(Section):
     address: str = Field(
         default="local", description="`local` starts Ray on this machine, `auto` joins the running one, or an address"
     )
+    listen: Literal["loopback", "network"] = Field(
+        default="loopback",
+        description="with `local`: where the processes of a run listen: at 127.0.0.1 alone, or at every address of "
+        "this machine. A Ray that is joined listens where it was started to",
+    )
     cpus: PositiveInt | None = Field(
         default=None, description="with `local`: CPUs that Ray counts; null: the sum of the roles"
     )
@@ -101,6 +106,15 @@ class Cluster(Section):
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
+
+    @model_validator(mode="after")
+    def _listens_where_it_starts(self) -> Self:
+        if self.listen == "network" and self.address != "local":
+            raise ValueError(
+                f"listen=network would do nothing: with address={self.address} Ray listens where it was started to; "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fixed_in_number(self) -> Self:

@@ -20,7 +20,7 @@ from rlhf.loop import Team
 from rlhf.metrics import Metrics
 from rlhf.sources import MAX_ATTEMPTS, JudgeDesk, PolicySource
 from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, scales_of
-from rlhf.workers import LocalWorkers, answers, judgement
+from rlhf.workers import LocalWorkers, MidTaskWorkers, answers, judgement
 
 
 class LocalLearner:
@@ -82,7 +82,8 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
             generator = build_generator(config, "rollout-0")
             closing.callback(generator.close)
             generator.setup()
-            rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
+            kind = MidTaskWorkers if blueprint.mid_sequence else LocalWorkers
+            rollouts = kind("rollout-0", partial(answers, generator), generator.load)
         desks = []
         for name, columns, judge in _judges(order, scales):
             closing.callback(judge.close)

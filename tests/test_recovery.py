@@ -219,3 +219,32 @@ def test_one_of_two_deepspeed_ranks_dies_and_both_are_built_again(
     assert run.actors("Rollout") == engine and not set(run.actors(role)) & set(ranks)
     assert run.wait() == 0, run.said()[-3000:]
     assert ledger(run.run_dir)["trained"] == 14 * 4 and run.rows()[-1]["faults/restarts"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_trainer_rank_and_a_buffer_that_are_stopped_for_good_are_replaced_alone(
+    workplace: Path, start: Callable[..., Run]
+) -> None:
+    """SIGSTOP without an end: no process ends by itself, and the deadlines are ten minutes. Each is found by its
+    missing signs of life and killed; the others stay the processes that they were, and nothing is generated again."""
+    run = start("loop.heartbeat_timeout_s=8")
+    run.until(lambda: len(run.rows()) > 4)
+    engine, judges = run.actors("Rollout"), run.actors("JudgeHost")
+    for role, fault in (("PolicyRank", "faults/trainer_restarts"), ("ExperienceBuffer", "faults/buffer_restarts")):
+        (stopped,) = run.actors(role)
+        os.kill(stopped, signal.SIGSTOP)
+        run.until(lambda fault=fault: any(row[fault] == 1 for row in run.rows()[-2:]))
+        run.until(lambda stopped=stopped: stopped not in {process.pid for process in run.below()})
+    done = len(run.rows())
+    run.until(lambda: len(run.rows()) > done + 3)
+    assert "has shown no sign of life for" in run.said()
+    assert run.actors("Rollout") == engine and run.actors("JudgeHost") == judges
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 130, run.said()[-3000:]
+    with reader(run.run_dir / FILE_NAME) as connection:
+        meta = read_meta(connection)
+    assert int(meta["ticket"]) == int(meta["issued"])  # one lease a prompt
+    counts = ledger(run.run_dir)
+    assert counts["trained"] == len(run.rows()) * 4 and not counts["dropped"]

@@ -214,8 +214,8 @@ def _quantities(resources: Mapping[str, Mapping[str, Any]], at: str) -> Iterator
 def _run_directory(
     cluster: Cluster, groups: Sequence[Mapping[str, Any]], at: str, run_dir: str | None
 ) -> Iterator[Fault]:
-    """The nodes that may have driver, buffer and trainer mount the run directory from a volume that stays."""
-    tags = cluster.buffer.resources.keys() | cluster.trainer.resources.keys()
+    """The nodes that may have driver, buffer, trainer and critic mount the run directory from a volume that stays."""
+    tags = {tag for role in (cluster.buffer, cluster.trainer, cluster.critic) for tag in role.resources}
     for index, group in enumerate(groups):
         if not tags & group.get("resources", {}).keys():
             continue

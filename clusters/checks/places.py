@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from clusters.checks.documents import Fault
 from rlhf.cluster import Cluster, Role
 
-ROLES = ("trainer", "rollout", "reference", "reward", "buffer")
+ROLES = ("trainer", "critic", "rollout", "reference", "reward", "buffer")
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,10 +79,13 @@ def unit_of(group: Group, first: int) -> Unit:
 
 
 def fresh_masks(group: Group, version: int) -> list[Mask]:
-    """For each sample (T,) bool, true at trained tokens that this version sampled."""
+    """For each sample (T,) bool, true at trained tokens if this version sampled all of it.
+
+    Where the weights changed on the way, later tokens were sampled on a cache that older weights filled: they differ
+    from the learner's for a good reason, too."""
     masks = []
     for sample in group.samples:
-        current = np.zeros(len(sample.token_ids), np.bool_) if sample.versions is None else sample.versions == version
+        current = sample.versions is not None and bool((sample.versions == version).all())
         masks.append(sample.loss_mask & current)
     return masks
 

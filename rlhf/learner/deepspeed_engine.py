@@ -4,12 +4,14 @@ Loads DeepSpeed, so import it only where it is used. AdamW is torch's: nothing i
 """
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -224,8 +226,9 @@ class DeepSpeedEngine:
 def join(rank: int, world_size: int, meeting_point: str | None) -> bool:
     """Joins the process group of the ranks; one rank needs no network. meeting_point is host:port of rank 0.
 
-    False, and nothing to leave, where the process is that rank of such a group already. Raises RunFailed where it is
-    part of another one."""
+    Nobody listens at more than the address through which rank 0 is reached, unless GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME name another interface. False, and nothing to leave, where the process is that rank of such a
+    group already. Raises RunFailed where it is part of another one."""
     if dist.is_initialized():
         found = (dist.get_rank(), dist.get_world_size())
         if found != (rank, world_size):
@@ -236,15 +239,31 @@ def join(rank: int, world_size: int, meeting_point: str | None) -> bool:
         return False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(
-            backend, init_method=f"tcp://{meeting_point}", rank=rank, world_size=world_size, timeout=_RENDEZVOUS_TIMEOUT
-        )
+    host, _, port = (meeting_point or "127.0.0.1:0").rpartition(":")
+    interface = _interface_to(host)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, interface)
+    store = dist.HashStore() if world_size == 1 else _meet(host, int(port), rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_RENDEZVOUS_TIMEOUT)
     free_abandoned_locks()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return True
+
+
+def _meet(host: str, port: int, rank: int, world_size: int) -> dist.TCPStore:
+    """Where the ranks find each other. Rank 0 brings the socket: torch's own would listen at all addresses."""
+    socket_of_rank_0 = socket.create_server((host, port)).detach() if rank == 0 else None
+    return dist.TCPStore(
+        host, port, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT, master_listen_fd=socket_of_rank_0
+    )
+
+
+def _interface_to(host: str) -> str:
+    """The network interface through which this machine reaches a host (of IPv4); `lo` where that is itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # chooses the way there, sends nothing
+        own = probe.getsockname()[0]
+    return next(name for name, places in psutil.net_if_addrs().items() if own in {place.address for place in places})
 
 
 def settings(config: LearnerConfig, world_size: int, *, clips_here: bool) -> dict[str, Any]:
