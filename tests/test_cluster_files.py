@@ -11,9 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from rlhf.config_file import load_cluster
 
@@ -215,8 +221,6 @@ def test_a_key_that_stands_twice_is_a_fault(validate: ModuleType, tmp_path: Path
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_rays_own_checks_take_the_ray_up_files(cloud: str) -> None:
     """The launcher's reader fills in defaults and validates; nothing of a cloud is asked. Its head runs no work."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
     prepared = prepare_config(yaml.safe_load((HERE / "ray_up" / f"{cloud}.yaml").read_text()))
     validate_config(prepared)
     nodes = prepared["available_node_types"]
@@ -227,8 +231,6 @@ def test_rays_own_checks_take_the_ray_up_files(cloud: str) -> None:
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
 def test_rays_autoscaler_reads_the_groups_of_the_kuberay_files_as_we_do(name: str) -> None:
     """What Ray's autoscaler derives from the manifest: node types, their resources, numbers and priorities."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-
     found = yaml.safe_load((HERE / "kuberay" / name).read_text())
     spec = found["spec"].get("rayClusterSpec", found["spec"])
     derived = _derive_autoscaling_config_from_ray_cr(
@@ -247,6 +249,43 @@ def test_rays_autoscaler_reads_the_groups_of_the_kuberay_files_as_we_do(name: st
     kinds = derived["available_node_types"]
     assert kinds["rollout-spot"]["priority"] > kinds["rollout-on-demand"]["priority"]
     assert kinds["trainer"]["resources"]["trainer"] == kinds["rollout-spot"]["resources"]["rollout"] == 1
+
+
+def node_types(name: str) -> dict[str, Any]:
+    """What Ray's autoscaler is given for a file: by its launcher, or by KubeRay."""
+    found = yaml.safe_load((HERE / name).read_text())
+    if name.startswith("ray_up/"):
+        return dict(prepare_config(found))
+    return dict(_derive_autoscaling_config_from_ray_cr({**found, "metadata": {"namespace": "x", **found["metadata"]}}))
+
+
+@pytest.mark.parametrize("name", ["ray_up/aws.yaml", "ray_up/gcp.yaml", "kuberay/raycluster.yaml"])
+def test_rays_autoscaler_takes_spot_nodes_first_and_others_where_there_are_none(name: str) -> None:
+    """Ray's scheduler (v2), asked for all roles of autoscaling.yaml at once: one engine or reference model a node.
+
+    A node type that could not be had recently has a low score, and the on-demand nodes take its place. Not covered:
+    what a cloud answers, and that Ray notices.
+    """
+    cluster = load_cluster(HERE / "autoscaling.yaml", [])
+    roles = (cluster.trainer, cluster.critic, cluster.rollout, cluster.reference, cluster.reward, cluster.buffer)
+    asked = [
+        ResourceRequestUtil.make({"CPU": role.cpus, **({"GPU": role.gpus} if role.gpus else {}), **role.resources})
+        for role in roles
+        for _ in range(role.replicas)
+    ]
+    config = AutoscalingConfig(node_types(name), skip_content_hash=True)
+    spot, on_demand = [kind for kind in config.get_node_type_configs() if kind.startswith("rollout")]
+    for scores, taken in (({}, spot), ({spot: 0.0}, on_demand)):
+        request = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=config.get_node_type_configs(),
+            max_num_nodes=config.get_max_num_nodes(),
+            resource_requests=ResourceRequestUtil.group_by_count(asked),
+            recoverable_resource_availabilities=scores,
+        )
+        reply = ResourceDemandScheduler().schedule(request)
+        assert {launch.instance_type: launch.count for launch in reply.to_launch} == {"trainer": 1, taken: 9}
+        assert not reply.infeasible_resource_requests
 
 
 def test_the_two_manifests_have_the_same_cluster() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.capacity import taken_by, total
+from actors.placement import roles_of
 from rlhf.blueprint import draw
 from rlhf.cli import plan as command
 from rlhf.cli.main import main
@@ -26,7 +28,7 @@ from rlhf.planning.shapes import BUILT_CONFIGS, shape_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
+CLUSTERS = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if path.name != "runtime_env.yaml")
 MACHINE = Machine(gemm_flops=1e11, bytes_per_s=1e10, hashed_per_s=1e9, cores=2, memory=24e9, bfloat16_gain=2.0)
 LLAMA3_70B = {
     "model_type": "llama",
@@ -104,31 +106,31 @@ def test_names_of_the_json_form(plan: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_roles_are_those_that_a_team_has(config: Path) -> None:
-    """Against the blueprint that teams are built from, with adapters too."""
-    for overrides in ([], ["model.lora.rank=4"]):
-        if overrides and config.name in ("reward_model_tiny.yaml", "pairwise_ranker_tiny.yaml"):
-            continue  # trained whole
+    """Against the blueprint that teams are built from, also with adapters, and without a frozen reference."""
+    trained_whole = ("reward_model_tiny.yaml", "pairwise_ranker_tiny.yaml")
+    cases = [[]] if config.name in trained_whole else [[], ["model.lora.rank=4"]]
+    cases += {"rloo_tiny.yaml": [["algorithm.kl.coef=0"]], "rso_tiny.yaml": [["algorithm.reference=sampler"]]}.get(
+        config.name, []
+    )
+    for overrides in cases:
         run = load_run(config, overrides)
         drawn = draw(run)
         roles = {placed.role for placed in placed_roles(run, Cluster())}
         assert ("reference" in roles) == drawn.reference_judge
         assert ("rollout" in roles) == drawn.samples
+        assert ("critic" in roles) == drawn.has_critic
         assert ("reward" in roles) == (run.reward is not None)
         assert {"trainer", "buffer"} <= roles
         assert needs_reference(run) == ("ref_logprobs" in drawn.algorithm.needs)
 
 
 def test_demand_is_what_the_actors_ask_for() -> None:
-    """Against the placement of real teams."""
-    from actors.placement import demand_of as asked
-    from actors.placement import roles_of
-
-    run = load_run(ROOT / "configs/rloo_tiny.yaml", [])
+    """Against what real teams ask for."""
+    run = load_run(ROOT / "configs/ppo_tiny.yaml", [])
     for file in CLUSTERS:
         roles = load_cluster(file, [])
-        assert demand_of(placed_roles(run, roles), least=False) == asked(
-            (role, role.replicas) for role in roles_of(roles).values()
-        )
+        asked = [taken_by(role) for role in roles_of(roles).values() for _ in range(role.replicas)]
+        assert demand_of(placed_roles(run, roles), least=False) == pytest.approx(total(asked))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-untied", "tiny_t5"])
@@ -152,7 +154,7 @@ def test_it_loads_nothing_heavy() -> None:
     ("arguments", "named"),
     [
         (["--gpu", "v100", "--cluster", ROOT / "clusters/one_gpu.yaml"], [*GPUS, "v100"]),
-        (["--cluster", ROOT / "clusters/one_gpu.yaml"], [*GPUS, "trainer.gpus=0.4"]),
+        (["--cluster", ROOT / "clusters/one_gpu.yaml"], [*GPUS, "trainer.gpus="]),
         (["--gpu", "h100", "--cluster", ROOT / "clusters/local.yaml"], ["would do nothing", "trainer.gpus"]),
         (["--prompt-tokens", "97"], ["data.max_prompt_tokens=96"]),
         (["--completion-tokens", "0"], ["generation.max_new_tokens=24"]),

@@ -249,8 +249,9 @@ def test_what_would_be_shipped_can_be_looked_at_without_a_server(workplace: Path
     }  # fmt: skip
     line = shlex.split(packing.stdout.splitlines()[-1])
     assert line[:7] == ["ray", "job", "submit", "--address", "http://h:1", "--working-dir", "packed"]
-    assert line[7:10] == ["--metadata-json", json.dumps({RUN_DIR_KEY: "/data/my run"}), "--"]
-    assert line[10:14] == ["python", "-m", "rlhf.cli.main", "run"] and line[-1] == "/data/my run"
+    assert line[7:9] == ["--metadata-json", json.dumps({RUN_DIR_KEY: "/data/my run"})]
+    entrypoint = line[line.index("--") + 1 :]
+    assert entrypoint[:4] == ["python", "-m", "rlhf.cli.main", "run"] and entrypoint[-1] == "/data/my run"
     again = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "exists already" in again.stderr
 

@@ -97,12 +97,13 @@ class Injector:
         return self._ran_before_s + time.monotonic() - self._began
 
     def _note_recoveries(self) -> None:
-        """A fault is over when the run has trained a step that it had not trained before."""
+        """A fault is over when the run has trained a step that began after it and that it had not trained before: the
+        one that was under way may end without whoever was struck."""
         steps, now = self._progress.look(), time.monotonic()
         if steps > self._moved:
             self._moved = steps
             self._settled_since = self._settled_since or now
-        for row in [row for row in self._open if steps > row["steps"]]:
+        for row in [row for row in self._open if steps > row["steps"] + 1]:
             self._open.remove(row)
             what = {"fault": row["fault"], "occurrence": row["occurrence"], "role": row["role"]}
             self._journal.write("recovered", {**what, "after_s": round(now - row["monotonic"], 3)})

@@ -114,6 +114,7 @@ def as_json(given: Given, plan: Plan) -> dict[str, Any]:
                 "needed": placed.needed,
                 "takes": dict(placed.takes),
                 "threads": placed.threads,
+                "together": placed.together,
             }
             for placed in plan.placement
         ],
@@ -136,8 +137,8 @@ def _devices(given: Given, plan: Plan) -> Mapping[str, Device]:
 
 def _gpu(name: str | None, cluster: Cluster) -> Device | None:
     """The GPU of the roles that have one. Raises BadInput when it is not said, or said for nobody."""
-    roles: Mapping[str, Role] = {"trainer": cluster.trainer, "rollout": cluster.rollout}
-    roles = {**roles, "reference": cluster.reference, "reward": cluster.reward, "buffer": cluster.buffer}
+    roles: dict[str, Role] = {"trainer": cluster.trainer, "critic": cluster.critic, "rollout": cluster.rollout}
+    roles |= {"reference": cluster.reference, "reward": cluster.reward, "buffer": cluster.buffer}
     with_gpus = [f"{key}.gpus={role.gpus:g}" for key, role in roles.items() if role.gpus]
     if name is None and with_gpus:
         raise BadInput(

@@ -37,7 +37,8 @@ def _placement(plan: Plan) -> str:
     for placed in plan.placement:
         count = f"{placed.replicas}" if placed.needed == placed.replicas else f"{placed.needed} to {placed.replicas}"
         takes = ", ".join(f"{name} {amount:g}" for name, amount in placed.takes.items()) or "nothing"
-        lines.append(f"  {placed.role:<10} {count} x ({takes}), {placed.threads} threads")
+        together = f", placed together ({placed.together})" if placed.together and placed.replicas > 1 else ""
+        lines.append(f"  {placed.role:<10} {count} x ({takes}), {placed.threads} threads{together}")
     lines.append("  together   " + ", ".join(f"{name} {amount:g}" for name, amount in plan.demand.items()))
     return "\n".join(lines)
 
@@ -105,7 +106,7 @@ def _time(given: Given, plan: Plan) -> str:
     ]
     devices: dict[str, tuple[Device, list[str]]] = {}
     for placed in plan.placement:
-        if placed.role in ("trainer", "rollout", "reference"):
+        if placed.role in ("trainer", "critic", "rollout", "reference"):
             device = given.device_of(placed.settings)
             devices.setdefault(device.name, (device, []))[1].append(placed.role)
     lines += [_device(device, roles, given) for device, roles in devices.values()]

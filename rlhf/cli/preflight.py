@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rlhf.blueprint import draw
 from rlhf.cluster import Cluster
 from rlhf.config import DataConfig, PpoConfig, RewardConfig, RunConfig
 from rlhf.data.conversations import content_of
@@ -62,6 +61,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
 
 def check_train_only(config: RunConfig, cluster: Cluster, record: "RecordedSet", sampled_by: RunConfig) -> None:
     """What is left to check where another run has sampled and judged: neither data nor reward nor engine is needed."""
+    from rlhf.blueprint import draw  # loads torch
     from rlhf.models.load import load_tokenizer
 
     place = "--train-only"

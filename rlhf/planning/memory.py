@@ -20,8 +20,9 @@ GIB, MIB = 1 << 30, 1 << 20
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # Float32 arrays of logits that exist together while a chunk's log-probabilities are differentiated; while it is scored.
 LOGIT_COPIES_TRAINING, LOGIT_COPIES_FORWARD = 4, 3
-# vLLM keeps what its largest batch of prompt tokens takes; of each logit its sampler has five float32 and an int64.
-PROMPT_TOKENS_PER_STEP, SAMPLER_BYTES = 4096, 28
+# vLLM on a CPU reads so many prompt tokens in a step; what one layer frees the allocator keeps beside the next one's.
+# Of each logit its sampler has five float32 and an int64.
+PROMPT_TOKENS_PER_STEP, LAYERS_KEPT, SAMPLER_BYTES = 4096, 2, 28
 # Resident memory of a process with its libraries and the tiny model, measured on this lock (docs/plan.md).
 LIBRARIES = {
     "deepspeed": 640 * MIB,
@@ -142,7 +143,7 @@ def trainer_parts(
     # With a tied head the gradient of one use waits for that of the other.
     embedding = 0.0 if lora is not None else width * shape.embedding * (2 if shape.tied else 1)
     return [
-        *_held(states, ""),
+        *_held(states),
         Part("gradients of a pass", passing, "update", "device"),
         Part("activations", activations, "update", "device"),
         Part("logits", chunk * shape.vocabulary * (4 * LOGIT_COPIES_TRAINING + width % 4), "update", "device"),
@@ -153,13 +154,16 @@ def trainer_parts(
 
 
 def critic_parts(shape: Shape, learner: LearnerConfig, ranks: int, passes: Passes) -> list[Part]:
-    """The critic beside the policy: held too, with passes of its own that follow the policy's."""
+    """The critic on one rank: trained whole, in the policy's micro-batches, with a scalar head."""
     states, passing = training(shape.scoring_parameters, 0, learner, ranks, gpu=passes.gpu)
     activations = passes.tokens * activation_bytes(shape, learner.dtype, passes)
-    embedding = WIDTH[learner.dtype] * shape.embedding
+    trained = shape.scoring_parameters
     return [
-        *_held(states, "critic: "),
-        Part("critic: passes", passing + activations + embedding, "score", "device"),
+        *_held(states),
+        Part("gradients of a pass", passing, "update", "device"),
+        Part("activations", activations, "update", "device"),
+        Part("gradient of the embedding", WIDTH[learner.dtype] * shape.embedding, "update", "device"),
+        Part("AdamW's step", _step_bytes(trained, shape, learner, ranks, passes), "step", "device"),
     ]
 
 
@@ -171,14 +175,14 @@ def _step_bytes(trained: float, shape: Shape, learner: LearnerConfig, ranks: int
     return 4.0 * trained if passes.gpu else 8.0 * min(trained, shape.embedding)
 
 
-def _held(states: States, prefix: str) -> list[Part]:
+def _held(states: States) -> list[Part]:
     named = {
         "weights": states.weights,
         "masters": states.masters,
         "gradients": states.gradients,
         "optimizer": states.moments,
     }
-    return [Part(prefix + name, size, "held", "device") for name, size in named.items()]
+    return [Part(name, size, "held", "device") for name, size in named.items()]
 
 
 def activation_bytes(shape: Shape, dtype: Dtype, passes: Passes) -> float:
@@ -238,7 +242,7 @@ def vllm_parts(
     batched = max(PROMPT_TOKENS_PER_STEP, sequence)
     layer = 3 * shape.hidden + 2 * (shape.attention + shape.key_value) + (3 if shape.gated else 2) * shape.intermediate
     logits = generation.max_sequences * shape.vocabulary * SAMPLER_BYTES
-    passes = Part("activations and logits", batched * layer * width + logits, "held", "device")
+    passes = Part("activations and logits", LAYERS_KEPT * batched * layer * width + logits, "held", "device")
     held = [Part("weights", weights, "held", "device"), passes]
     if memory is not None:
         cache = max(0.0, generation.gpu_memory_fraction * memory - weights - passes.size)

@@ -3,28 +3,31 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhf.cluster import Cluster, Role
-from rlhf.config import RunConfig
+from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.config import PpoConfig, RunConfig
 from rlhf.passes import needs_reference
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A role of the run. needed, the actors without which it does not start; takes, of each, by
-    Ray's resource names."""
+    """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names;
+    together, how Ray places actors that compute together (pack, spread, strict_pack), None where each is by itself."""
 
     role: str
     replicas: int
     needed: int
     takes: Mapping[str, float]
     threads: int
+    together: str | None
     settings: Role
 
 
 def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
-    """The roles that are started: no rollout for a run on data, no reference where nothing compares with it or LoRA has
-    it, no reward where there is none."""
+    """The roles that are started: no critic but for PPO, no rollout for a run on data, no reference where nothing
+    compares with it or LoRA has it, no reward where there is none."""
     named: dict[str, Role] = {"trainer": cluster.trainer}
+    if isinstance(config.algorithm, PpoConfig):
+        named["critic"] = cluster.critic
     if config.records == "prompts":
         named["rollout"] = cluster.rollout
     if needs_reference(config) and config.model.lora is None:
@@ -33,7 +36,15 @@ def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
         named["reward"] = cluster.reward
     named["buffer"] = cluster.buffer
     return tuple(
-        Placed(name, role.replicas, role.needed, _takes(role), cluster.threads_of(role), role)
+        Placed(
+            role=name,
+            replicas=role.replicas,
+            needed=role.needed,
+            takes=_takes(role),
+            threads=cluster.threads_of(role),
+            together=role.placement if isinstance(role, Ranks) else None,
+            settings=role,
+        )
         for name, role in named.items()
     )
 

@@ -89,12 +89,8 @@ def make_plan(given: Given) -> Plan:
     """The plan. Raises BadInput for adapters that no layer of the model takes."""
     config, cluster = given.config, given.cluster
     roles = placed_roles(config, cluster)
-    ranks = cluster.trainer.replicas
-    arithmetic = batches(config, ranks, given.lengths, given.prompts_in_data)
-    lengths = given.lengths
-    longest = batches(config, ranks, Lengths(lengths.prompt, lengths.longest, lengths.longest), given.prompts_in_data)
-    tokens = max(arithmetic.largest_microbatch_tokens, longest.largest_microbatch_tokens)
-    held = tuple(_memory_of(given, placed, tokens) for placed in roles)
+    arithmetic = batches(config, cluster.trainer.replicas, given.lengths, given.prompts_in_data)
+    held = tuple(_memory_of(given, placed) for placed in roles)
     published = memory.published_bytes(given.models.policy, config.learner)
     samples = config.records == "prompts"
     stored = (2 if samples else 1) * published
@@ -106,16 +102,15 @@ def make_plan(given: Given) -> Plan:
         memory=held,
         published=published,
         object_store=stored,
-        update_flops=_update_flops(given, arithmetic),
+        update_flops=sum(_update_flops(given, arithmetic)),
         time=_time(given, arithmetic),
         problems=(*problems_of(cluster, peaks, stored, given.machine.memory, given.gpu), *_cache_problem(given)),
     )
 
 
-def _memory_of(given: Given, placed: Placed, tokens: int) -> RoleMemory:
-    """tokens, of the trainer's largest micro-batch."""
+def _memory_of(given: Given, placed: Placed) -> RoleMemory:
     on_gpu = bool(placed.settings.gpus) and given.gpu is not None
-    parts = _parts(given, placed, tokens, on_gpu=on_gpu)
+    parts = _parts(given, placed, on_gpu=on_gpu)
     parts.append(Part("libraries", _libraries(given, placed), "held", "host"))
     device = memory.peak(parts, "device") if on_gpu else 0.0
     host = memory.peak(parts, "host" if on_gpu else None)
@@ -125,17 +120,20 @@ def _memory_of(given: Given, placed: Placed, tokens: int) -> RoleMemory:
 def _libraries(given: Given, placed: Placed) -> float:
     if placed.role == "rollout" and given.config.generation is not None:
         return memory.LIBRARIES[given.config.generation.engine]
-    if placed.role == "trainer":
+    if placed.role in ("trainer", "critic"):
         return memory.LIBRARIES[given.config.learner.engine]
     loads_torch = placed.role == "reference" or (placed.role == "reward" and given.models.judges)
     return memory.LIBRARIES["torch" if loads_torch else "plain"]
 
 
-def _parts(given: Given, placed: Placed, tokens: int, *, on_gpu: bool) -> list[Part]:
+def _parts(given: Given, placed: Placed, *, on_gpu: bool) -> list[Part]:
     config, models = given.config, given.models
-    predictions = _predictions(given.lengths, tokens)
     if placed.role == "trainer":
-        return _trainer_parts(given, placed.replicas, tokens, predictions, gpu=on_gpu)
+        passes = _passes(given, placed.replicas, gpu=on_gpu)
+        return memory.trainer_parts(models.policy, config.model.lora, config.learner, placed.replicas, passes)
+    if placed.role == "critic" and models.critic is not None:
+        passes = _passes(given, placed.replicas, gpu=on_gpu)
+        return memory.critic_parts(models.critic, config.learner, placed.replicas, passes)
     if placed.role == "rollout":
         return _engine_parts(given, given.gpu if on_gpu else None)
     budget = min(config.learner.tokens_per_microbatch, _group_tokens(given))
@@ -151,16 +149,16 @@ def _parts(given: Given, placed: Placed, tokens: int, *, on_gpu: bool) -> list[P
     return []
 
 
-def _trainer_parts(given: Given, ranks: int, tokens: int, predictions: int, *, gpu: bool) -> list[Part]:
-    config, models = given.config, given.models
-    recompute = config.model.gradient_checkpointing
-    sequence = given.lengths.prompt + given.lengths.longest
-    scores = 0 if config.model.attention != "eager" else sequence
-    setting = memory.Passes(tokens, predictions, scores, recompute, gpu)
-    parts = memory.trainer_parts(models.policy, config.model.lora, config.learner, ranks, setting)
-    if models.critic is not None:
-        parts += memory.critic_parts(models.critic, config.learner, ranks, setting)
-    return parts
+def _passes(given: Given, ranks: int, *, gpu: bool) -> memory.Passes:
+    """The largest micro-batch of a rank, of completions of the mean length or of the longest."""
+    config, lengths = given.config, given.lengths
+    longest = Lengths(lengths.prompt, lengths.longest, lengths.longest)
+    tokens = max(
+        batches(config, ranks, assumed, given.prompts_in_data).largest_microbatch_tokens
+        for assumed in {lengths, longest}
+    )
+    scores = lengths.prompt + lengths.longest if config.model.attention == "eager" else 0
+    return memory.Passes(tokens, _predictions(lengths, tokens), scores, config.model.gradient_checkpointing, gpu)
 
 
 def _engine_parts(given: Given, gpu: Device | None) -> list[Part]:
@@ -186,28 +184,35 @@ def _group_tokens(given: Given) -> int:
     return given.config.algorithm.samples_per_prompt * (given.lengths.prompt + given.lengths.mean)
 
 
-def _update_flops(given: Given, arithmetic: Batches) -> float:
-    """FLOPs of a step's update, of all ranks and epochs, the critic's included."""
+def _update_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
+    """FLOPs of a step's update, of all ranks and epochs: the policy's, the critic's."""
     config, lengths = given.config, given.lengths
     recompute = config.model.gradient_checkpointing
     flops = times.sequence_flops(given.models.policy, lengths.prompt, lengths.mean)
-    each = times.training_flops(flops, adapters=config.model.lora is not None, recompute=recompute)
+    policy, critic = times.training_flops(flops, adapters=config.model.lora is not None, recompute=recompute), 0.0
     if given.models.critic is not None:
         trunk = times.Flops(times.sequence_flops(given.models.critic, lengths.prompt, lengths.mean).trunk, 0.0)
-        each += times.training_flops(trunk, adapters=False, recompute=recompute)
-    return each * arithmetic.sequences_per_step * arithmetic.epochs
+        critic = times.training_flops(trunk, adapters=False, recompute=recompute)
+    sequences = arithmetic.sequences_per_step * arithmetic.epochs
+    return policy * sequences, critic * sequences
+
+
+def _trained_seconds(given: Given, flops: tuple[float, float], *, backward: bool) -> float:
+    """Of policy and critic, which work at the same time, where they have devices of their own."""
+    cluster, dtype, found = given.cluster, given.config.learner.dtype, []
+    for role, amount in zip((cluster.trainer, cluster.critic), flops, strict=True):
+        device = given.device_of(role)
+        found.append(amount / (device.flops[dtype] * role.replicas * (device.training if backward else device.forward)))
+    return sum(found) if _shared(given) else max(found)
 
 
 def _time(given: Given, arithmetic: Batches) -> StepTime:
-    config, cluster = given.config, given.cluster
-    trainer = given.device_of(cluster.trainer)
-    dtype = config.learner.dtype
+    config = given.config
     decoding = _decoding(given, arithmetic)
     generate = 0.0 if decoding is None else decoding.seconds
     judge = _judge_seconds(given, arithmetic)
-    rate = trainer.flops[dtype] * cluster.trainer.replicas
-    update = _update_flops(given, arithmetic) / (rate * trainer.training)
-    annotate = _annotate_flops(given, arithmetic) / (rate * trainer.forward)
+    update = _trained_seconds(given, _update_flops(given, arithmetic), backward=True)
+    annotate = _trained_seconds(given, _annotate_flops(given, arithmetic), backward=False)
     sync = _sync_seconds(given)
     reason = "FLOPs"
     phases = [
@@ -219,7 +224,7 @@ def _time(given: Given, arithmetic: Batches) -> StepTime:
     ]
     step = times.step_seconds(
         generate, judge, annotate + update + sync,
-        shared=_shared(cluster), ahead=config.loop.max_staleness > 0,
+        shared=_shared(given), ahead=config.loop.max_staleness > 0,
     )  # fmt: skip
     bound = times.longest_phase(phases)
     return StepTime(generate, judge, annotate, update, sync, step, step * config.loop.num_steps, bound, decoding)
@@ -231,9 +236,10 @@ def _decode_reason(decoding: times.Decoding) -> str:
     return max(parts, key=lambda name: parts[name])
 
 
-def _shared(cluster: Cluster) -> bool:
+def _shared(given: Given) -> bool:
     """Whether the roles work on the same cores or GPU: on one machine without GPUs, or with parts of one."""
-    roles = (cluster.trainer, cluster.rollout)
+    cluster = given.cluster
+    roles = [cluster.trainer, cluster.rollout, *([cluster.critic] if given.models.critic is not None else [])]
     return cluster.address == "local" and not all(role.gpus >= 1 for role in roles)
 
 
@@ -301,15 +307,16 @@ def _sequences_judged(config: RunConfig, arithmetic: Batches) -> int:
     return arithmetic.samples_per_step or arithmetic.sequences_per_step
 
 
-def _annotate_flops(given: Given, arithmetic: Batches) -> float:
-    """Passes without gradient of the trainer: old log-probs, the reference of LoRA, the critic's values."""
+def _annotate_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
+    """Passes without gradient: the policy's old log-probs and, with LoRA, its reference; the critic's values."""
     config, lengths = given.config, given.lengths
     flops = times.sequence_flops(given.models.policy, lengths.prompt, lengths.mean)
     passes = needs_old_logprobs(config) + (config.model.lora is not None and needs_reference(config))
-    total = passes * flops.forward
+    critic = 0.0
     if given.models.critic is not None:
-        total += times.sequence_flops(given.models.critic, lengths.prompt, lengths.mean).trunk
-    return total * _sequences_judged(config, arithmetic)
+        critic = times.sequence_flops(given.models.critic, lengths.prompt, lengths.mean).trunk
+    sequences = _sequences_judged(config, arithmetic)
+    return passes * flops.forward * sequences, critic * sequences
 
 
 def _sync_seconds(given: Given) -> float:
