@@ -29,6 +29,8 @@ help:
 	@echo '              the tables of two papers in miniature, into docs/results (half an hour of one core each; resumable)'
 	@echo 'make lint     ruff, mypy and the import contracts; the same as CI'
 	@echo 'make simulate step time over engines and staleness in virtual time; writes docs/scaling.md'
+	@echo 'make validate-clusters'
+	@echo '              every file in clusters/ against its schema and our rules, without a cluster; also one of the tests'
 	@echo 'make install  .venv with the pinned lock and the project; the others do this by themselves'
 	@echo 'make lock     resolve requirements/$(LOCK).in again into requirements/$(LOCK).txt'
 	@echo 'make clean    remove build outputs and caches; make distclean removes .venv too'
@@ -68,6 +70,11 @@ lint: $(STAMP)
 simulate: $(STAMP)
 	$(PY) docs/write_scaling.py
 
+# Manifests, cluster files and scripts, offline: docs/clusters.md says what is checked.
+.PHONY: validate-clusters
+validate-clusters: $(STAMP)
+	$(PY) -m clusters.validate
+
 .PHONY: install
 install: $(STAMP)
 
@@ -96,7 +103,7 @@ lock: | $(PY)
 .PHONY: clean distclean
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find rlhf actors tests examples requirements -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rlhf actors tests examples requirements clusters -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

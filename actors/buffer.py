@@ -7,6 +7,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors import placement, waiting
+from actors.heartbeat import Pulses
 from rlhf.buffer.store import ExperienceBuffer
 from rlhf.interfaces import Counts, Handle, Lease
 
@@ -20,7 +21,7 @@ class RemoteBuffer:
 
     When the actor dies, another one opens the same file and the call is made again, which changes nothing where it had
     been done: every call is idempotent. Should that one die too, ActorDied rises. hire and dismiss start and end an
-    actor; died is told of the death."""
+    actor; died is told of the death. One that shows no sign of life for lifeless_s counts as dead, and is ended."""
 
     def __init__(
         self,
@@ -28,10 +29,12 @@ class RemoteBuffer:
         dismiss: Callable[[ActorHandle], None],
         died: Callable[[waiting.KnownActorDied], None],
         timeout_s: float,
+        lifeless_s: float,
     ) -> None:
         self._hire, self._dismiss, self._died = hire, dismiss, died
         self._timeout_s = timeout_s
-        self._actor = hire()
+        self._pulses = Pulses(lifeless_s)
+        self._actor = self._hired()
 
     def placed(self) -> int:
         """1 once the actor has found a place."""
@@ -102,7 +105,8 @@ class RemoteBuffer:
                 raise
             self._died(died)
             self._dismiss(self._actor)
-            self._actor = self._hire()
+            self._pulses.forget(self._actor)
+            self._actor = self._hired()
             self._answer(lambda actor: actor.reopen.remote(), "opening the ledger again")
             return self._answer(call, what)
 
@@ -118,4 +122,10 @@ class RemoteBuffer:
         return made[0]
 
     def _answer(self, call: Call, what: str) -> Any:
-        return waiting.gather({"the buffer actor": call(self._actor)}, f"buffer: {what}", self._timeout_s, 0.0)[0]
+        named = {"the buffer actor": call(self._actor)}
+        return waiting.gather(named, f"buffer: {what}", self._timeout_s, 0.0, self._pulses)[0]
+
+    def _hired(self) -> ActorHandle:
+        actor = self._hire()
+        self._pulses.follow(actor, "the buffer actor")
+        return actor

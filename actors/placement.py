@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
 from ray.actor import ActorHandle
 from ray.util.placement_group import (
@@ -50,6 +51,7 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RLHF_CACHE", RUN_VARIABLE)
 def roles_of(cluster: Cluster) -> Mapping[str, Role]:
     return {
         "trainer": cluster.trainer,
+        "critic": cluster.critic,
         "rollout": cluster.rollout,
         "reference": cluster.reference,
         "reward": cluster.reward,
@@ -79,6 +81,8 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         "logging_level": logging.ERROR,
     }
     _agree_on_a_token()
+    if cluster.listen == "loopback":
+        _stay_on_loopback()
     keeper = Keeper(settings, START_TIMEOUT_S)
     try:
         with _joined(keeper.address):
@@ -93,6 +97,13 @@ def _agree_on_a_token() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         Config.initialize("")  # Ray reads the mode once, when it is imported; it does the same in a local `ray.init`
+
+
+def _stay_on_loopback() -> None:
+    """Has a Ray that is started here, and all that it starts, listen at 127.0.0.1 only. `ray.init` alone cannot: it
+    takes every loopback address for the machine's own, and most of its servers then listen at all addresses."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment once, when Ray was imported
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from actors import placement, waiting
+from actors import heartbeat, placement, waiting
 from actors.shortage import Shortage
 from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death, is_unreachable
 from rlhf.errors import ActorDied, RunFailed, WorkerLost
@@ -52,6 +52,7 @@ class ActorWorkers:
         self._shortage = Shortage(spec)
         self._resting: set[int] = set()  # slots without a worker, until there is work
         self._started = False  # whether enough workers were up once
+        self._pulses = heartbeat.Pulses(spec.lifeless_s)
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._workers = [self._new_worker(slot) for slot in range(spec.needed)]
@@ -97,7 +98,7 @@ class ActorWorkers:
                 gone = WorkerLost(f"{worker} left before it began", counted=False)
                 self._finished.append(Result(task.number, task.prompt_ids, None, gone, worker, 0.0))
             else:
-                named.start(task, bound=True)
+                named.start(task, bound=True, in_slices=self._spec.mid_task)
 
     def collect(self, timeout_s: float) -> list[Result]:
         self._tell_notes()
@@ -150,11 +151,11 @@ class ActorWorkers:
         return waiting.get([handle], "fetching a value", self._spec.wait_timeout_s)[0]
 
     def close(self) -> None:
-        """Ends the thread, and the workers that have not found a place; the others are their owner's to end."""
+        """Ends the thread, and the workers that are not yet built; the others are their owner's to end."""
         self._closing.set()
         self._thread.join(timeout=ANSWER_TIMEOUT_S)
         for worker in self._workers:
-            if worker.phase == "asked":
+            if worker.phase in ("asked", "starting"):
                 self._let_go(worker.actor)
 
     def _raise_failure(self) -> None:
@@ -197,8 +198,9 @@ class ActorWorkers:
         if now - self._drains_looked > DRAIN_POLL_S:
             self._drains_looked = now
             self._heed_drains()
+            self._note_who_starts()
+        self._end_the_hung(now)
         for worker in list(self._workers):
-            self._end_if_silent(worker)
             if worker.leaving and not worker.errands:
                 self._retire(worker)
         self._dispatch()
@@ -211,6 +213,7 @@ class ActorWorkers:
         number, self._incarnations[slot] = self._incarnations[slot], self._incarnations[slot] + 1
         name = f"{self._spec.role}-{slot}" + (f".{number}" if number else "")
         actor, now = self._hire(name), time.monotonic()
+        self._pulses.follow(actor, name)
         return Worker(slot, name, actor, actor.where.remote(), now, now)
 
     def _read(self, worker: Worker) -> None:
@@ -246,7 +249,7 @@ class ActorWorkers:
 
     def _bring_up(self, worker: Worker) -> None:
         """The next phase, once what the worker waits for is there."""
-        if worker.phase == "loading" and worker.errands:
+        if worker.phase == "loading" and worker.errands and not self._spec.mid_task:
             return  # a worker does one thing after the other: it loads once its task is done
         if not ray.wait([worker.awaited], timeout=0, fetch_local=False)[0]:
             return
@@ -255,7 +258,7 @@ class ActorWorkers:
         except RayError as error:
             self._not_up(worker, error)
             return
-        if worker.phase == "asked":
+        if worker.phase in ("asked", "starting"):
             worker.place = answer
             worker.enter("setting up", worker.actor.setup.remote())
         elif worker.phase == "setting up" and not self._spec.takes_weights:
@@ -324,24 +327,23 @@ class ActorWorkers:
             self._workers += [self._new_worker(slot) for slot in sorted(self._resting)]
             self._resting.clear()
 
+    def _note_who_starts(self) -> None:
+        for worker in self._workers:
+            if worker.phase == "asked" and placement.has_place(worker.actor):
+                worker.enter("starting", worker.awaited)
+
     def _retire(self, worker: Worker) -> None:
         self._workers.remove(worker)
         self._let_go(worker.actor)
+        self._pulses.forget(worker.actor)
 
-    def _end_if_silent(self, worker: Worker) -> None:
-        """A worker that holds work and does not advance, or that is not up after too long, is ended."""
-        now = time.monotonic()
-        if worker.errands and now - worker.sign > self._spec.silence_s:
-            why = f"did not advance for {now - worker.sign:.0f} s"
-        elif (
-            worker.phase in ("setting up", "loading")
-            and not worker.errands
-            and (now - max(worker.since, worker.sign) > self._spec.wait_timeout_s)
-        ):
-            why = f"was {worker.phase} for {now - worker.since:.0f} s"
-        else:
-            return
-        self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
+    def _end_the_hung(self, now: float) -> None:
+        silent = {each.actor_id: each.seconds for each in self._pulses.silent()}
+        for worker in list(self._workers):
+            lifeless_s = silent.get(worker.actor._actor_id.hex(), 0.0)
+            why = worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s)
+            if why is not None:
+                self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
 
     def _lose(self, worker: Worker, how: str, why: str, *, counted: bool) -> None:
         """Ends what the worker held, and the worker, and asks for another one in its place.
@@ -385,7 +387,9 @@ class ActorWorkers:
             able = [worker for worker in able if len(worker.errands) < room]
             if not able:
                 return
-            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(self._queue.popleft(), bound=False)
+            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(
+                self._queue.popleft(), bound=False, in_slices=self._spec.mid_task
+            )
 
     def _is_busy(self) -> bool:
         return bool(self._queue) or any(worker.errands for worker in self._workers)

@@ -1,5 +1,6 @@
 """The rollout actor: hosts a generator (vLLM or transformers), which knows nothing of Ray."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,18 +9,28 @@ import ray
 
 from actors.worker import Place, place_of_this_actor
 from rlhf.config import RunConfig
+from rlhf.errors import RunFailed
 from rlhf.generation.build import build_generator
+from rlhf.generation.engine import StepwiseGroups
 from rlhf.interfaces import Request
 from rlhf.weights import Receipt, Weights
 
 MARK_EVERY_S = 1.0
+SLICE_S = 1.0  # how long new weights may have to wait, where they are taken between two tokens
 
 
 class Rollout:
-    """One rollout engine: pulls weights, answers requests, yields each group as soon as it is finished."""
+    """One rollout engine: pulls weights, answers requests, yields each group as soon as it is finished.
+
+    With generation.weights_mid_sequence it works in slices: `work` and `go_on` return with samples in flight, so that
+    a `load` that was asked for meanwhile comes between two of them."""
 
     def __init__(self, config: RunConfig, name: str) -> None:
         self._generator = build_generator(config, name)
+        assert config.generation is not None  # the settings refuse a run that samples without it
+        self._slice_s = SLICE_S if config.generation.weights_mid_sequence else math.inf
+        self._steps: StepwiseGroups | None = None
+        self._before = 0.0
 
     def where(self) -> Place:
         return place_of_this_actor()
@@ -32,18 +43,33 @@ class Rollout:
 
     def work(self, request: Request) -> Iterator[Any]:
         """For each group: the group, then (prompt id, seconds since the last one). None and None, at the start and
-        every second or so in which the engine advanced: a mark."""
-        yield None
-        yield None
-        before = marked = time.monotonic()
-        for group in self._generator.steps(
+        every second or so in which the engine advanced: a mark. May end before the last group: see `go_on`."""
+        if self._steps is not None:
+            self._steps.close()
+        self._before = time.monotonic()
+        self._steps = self._generator.steps(
             request.prompts, request.sampling, request.samples_per_prompt, request.purpose
-        ):
+        )
+        yield from self._slice(self._steps)
+
+    def go_on(self) -> Iterator[Any]:
+        """More of what the last `work` did not come to."""
+        if self._steps is None:
+            raise RunFailed("asked to go on, and nothing was begun")
+        yield from self._slice(self._steps)
+
+    def _slice(self, steps: StepwiseGroups) -> Iterator[Any]:
+        yield None
+        yield None
+        began = marked = time.monotonic()
+        for group in steps:
             now = time.monotonic()
             if group is not None:
                 yield group
-                yield group.prompt.id, now - before
-                before = marked = now
+                yield group.prompt.id, now - self._before
+                self._before = marked = now
+            elif now - began >= self._slice_s:
+                return
             elif now - marked >= MARK_EVERY_S:
                 yield None
                 yield None

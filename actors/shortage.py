@@ -26,7 +26,7 @@ class Shortage:
     def look(self, workers: Sequence[Worker], *, started: bool) -> str | None:
         """What is to be said at this moment, if anything. Raises NoCapacity when too few have a place for too long."""
         now = time.monotonic()
-        placed = sum(worker.place is not None for worker in workers)
+        placed = sum(worker.phase != "asked" for worker in workers)
         if placed >= (1 if started else self._spec.needed) or not self._counts:
             self._last_placed = now
         up = any(worker.joined or worker.phase == "without weights" for worker in workers if not worker.leaving)

@@ -1,9 +1,9 @@
 """Builds the team of a run as actors, each with the resources of its role, and tears down only what it started."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,12 @@ from ray.actor import ActorHandle
 
 from actors import placement, waiting
 from actors.buffer import BufferActor, RemoteBuffer
+from actors.critic import CriticActor
 from actors.judge import JudgeActor
-from actors.policy import PolicyActor, RemoteLearner
+from actors.learner import RemoteLearner
+from actors.policy import PolicyActor
 from actors.pool import ActorWorkers
+from actors.ranks import RankGroup
 from actors.rollout import RolloutActor
 from actors.worker import PoolSpec
 from rlhf.buffer.schema import FILE_NAME
@@ -35,6 +38,8 @@ JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
 def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """The team on Ray. Its actors end with it; Ray itself only where it was started here."""
     roles = dict(placement.roles_of(order.cluster))
+    if not order.blueprint.has_critic:
+        del roles["critic"]
     if not order.blueprint.reference_judge:
         del roles["reference"]
     if not order.blueprint.samples:
@@ -108,23 +113,37 @@ class _Crew:
             places.release()
 
 
+@dataclass(frozen=True, slots=True)
+class _Reserved:
+    """The places that are held for the ranks of a role, and what was asked for them."""
+
+    seats: placement.RankPlaces
+    claim: placement.Claim
+
+
+def _reserve(name: str, role: Ranks, crew: _Crew) -> _Reserved:
+    seats = crew.reserve(role)
+    return _Reserved(seats, placement.Claim(name, role, role.replicas, seats.placed))
+
+
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
-    timeout_s = order.blueprint.config.loop.wait_timeout_s
     cluster = order.cluster
-    seats = crew.reserve(cluster.trainer)
+    reserved = {"trainer": _reserve("trainer", cluster.trainer, crew)}
+    if order.blueprint.has_critic:
+        reserved["critic"] = _reserve("critic", cluster.critic, crew)
     buffer = _hire_buffer(order, crew)
     rows = dataset_workers(order)
     engines = [] if rows else [_hire_engines(order, crew)]
     judges = _hire_judges(order, crew)
-    trainer = placement.Claim("trainer", cluster.trainer, cluster.trainer.replicas, seats.placed)
     ledger = placement.Claim("buffer", cluster.buffer, 1, buffer.placed)
-    _wait_for_places(order, [trainer, ledger, *(pool.claim() for pool in [*engines, *judges.values()])])
-    learner = _hire_learner(order, crew, seats, trainer)
+    pools = [pool.claim() for pool in [*engines, *judges.values()]]
+    _wait_for_places(order, [*(each.claim for each in reserved.values()), ledger, *pools])
+    learner = _hire_learner(order, crew, reserved)
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
-    waiting.get(learner.begin_setup(), "setting up the trainer", timeout_s)
+    learner.set_up()
     for pool in [*engines, *judges.values()]:
         pool.wait_until_up()
     desks = [
@@ -149,41 +168,48 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
+        order.blueprint.config.loop.heartbeat_timeout_s,
     )
 
 
-def _hire_learner(order: Order, crew: _Crew, seats: placement.RankPlaces, trainer: placement.Claim) -> RemoteLearner:
-    config, role = order.blueprint.config, order.cluster.trainer
+def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) -> RemoteLearner:
+    """The ranks of the policy, and of the critic where there is one, each on the places that are held for them."""
+    blueprint = order.blueprint
+    policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
+    critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
+    loop = blueprint.config.loop
+    return RemoteLearner(
+        policy, critic, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
+    )
+
+
+def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
+    config, role, seats = order.blueprint.config, reserved.claim.role, reserved.seats
     threads = order.cluster.threads_of(role)
 
-    def start(life: int) -> list[ActorHandle]:
+    def start() -> list[ActorHandle]:
         return [
-            crew.hire(PolicyActor, role, config, rank, role.replicas, threads, life, closable=False, seat=seat)
+            crew.hire(actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
             for rank, seat in enumerate(seats.seats())
         ]
 
-    def hire(life: int) -> list[ActorHandle]:
-        return _started_again(order, crew, seats, trainer, partial(start, life)) if life else start(life)
-
-    return RemoteLearner(hire, crew.end, config.loop.wait_timeout_s, annotates=order.blueprint.learner_annotates)
+    return RankGroup(name, start(), partial(_started_again, order, crew, reserved, start), crew.end)
 
 
 def _started_again(
-    order: Order,
-    crew: _Crew,
-    seats: placement.RankPlaces,
-    claim: placement.Claim,
-    start: Callable[[], list[ActorHandle]],
+    order: Order, crew: _Crew, reserved: _Reserved, start: Callable[[], list[ActorHandle]]
 ) -> list[ActorHandle]:
     """Ranks in the places of dead ones, once these are on nodes that are up. A dead node may pass for one for a while:
     ranks that were started on it die with it, and are started once more when it has been replaced."""
+    claim, seats = reserved.claim, reserved.seats
     while True:
         seats.renew()
         _wait_for_places(order, [claim])
         if order.stop():
-            raise TrainerDied("the trainer has no place, and the run was asked to stop")
-        ranks = start()
+            raise TrainerDied(f"the {claim.name} has no place, and the run was asked to stop")
+        ranks: list[ActorHandle] = []
         try:
+            ranks = start()
             ready = [rank.__ray_ready__.remote() for rank in ranks]
             waiting.get(ready, f"starting the ranks of the {claim.name}", order.blueprint.config.loop.wait_timeout_s)
         except ActorDied:
@@ -246,8 +272,10 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         size=role.replicas,
         needed=role.needed,
         takes_weights=takes_weights,
+        mid_task=takes_weights and order.blueprint.mid_sequence,
         resources=role,
         silence_s=loop.heartbeat_timeout_s + call_limit_s,
+        lifeless_s=loop.heartbeat_timeout_s,
         wait_timeout_s=loop.wait_timeout_s,
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,

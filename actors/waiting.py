@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from actors.heartbeat import Pulses
 from rlhf.errors import ActorDied, DeadlinePassed, HandleLost
 
 TICK_S = 1.0
@@ -50,12 +51,14 @@ def current() -> tuple[str, float] | None:
     return None if wait is None else (wait.describe(), wait.since)
 
 
-def gather(named: Mapping[str, ray.ObjectRef], what: str, timeout_s: float, peers_s: float) -> list[Any]:
+def gather(
+    named: Mapping[str, ray.ObjectRef], what: str, timeout_s: float, peers_s: float, pulses: Pulses | None
+) -> list[Any]:
     """The values of all references, in their order; `named` by who is to answer.
 
     Raises what an actor raised, with the actor's traceback as a note; DeadlinePassed, naming who is late; ActorDied as
-    soon as an actor is gone. Where one answer is a failure, the others have peers_s to end too: the death of one rank
-    shows as a broken connection at another one, and is what is raised then.
+    soon as an actor is gone, or one of `pulses` shows no sign of life. Where one answer is a failure, the others have
+    peers_s to end too: the death of one rank shows as a broken connection at another one, and is what is raised then.
     """
     began, deadline = time.time(), time.monotonic() + timeout_s
     pending = {ref: name for name, ref in named.items()}
@@ -65,6 +68,7 @@ def gather(named: Mapping[str, ray.ObjectRef], what: str, timeout_s: float, peer
         while pending and (left := deadline - time.monotonic()) > 0:
             _Now.wait = Wait(what, tuple(pending.values()), began)
             done, _ = ray.wait(list(pending), num_returns=1, timeout=min(TICK_S, left))
+            _check_life(what, pulses)
             for ref in done:
                 name = pending.pop(ref)
                 try:
@@ -87,9 +91,15 @@ def gather(named: Mapping[str, ray.ObjectRef], what: str, timeout_s: float, peer
     return [values[ref] for ref in named.values()]
 
 
+def _check_life(what: str, pulses: Pulses | None) -> None:
+    silent = pulses.silent() if pulses is not None else []
+    if silent:
+        raise KnownActorDied(f"{what}: {silent[0].describe()}", silent[0].actor_id)
+
+
 def get(refs: Sequence[ray.ObjectRef], what: str, timeout_s: float) -> list[Any]:
     """`gather` for references whose senders `what` names."""
-    return gather({f"answer {number}": ref for number, ref in enumerate(refs, start=1)}, what, timeout_s, 0.0)
+    return gather({f"answer {number}": ref for number, ref in enumerate(refs, start=1)}, what, timeout_s, 0.0, None)
 
 
 def failure_of(error: RayError, what: str) -> Exception:

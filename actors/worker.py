@@ -1,8 +1,9 @@
 """One worker of a pool: an actor from being asked for to its end, and what it holds on the way.
 
-    asked -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
+    asked -> starting -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
 
-The actor has `where`, `setup` and `work`, and where its pool is given weights `load`. `work` yields pairs: a value,
+The actor has `where`, `setup` and `work`, and where its pool is given weights `load`; where that may come in the middle
+of a task, `work` ends after a while and `go_on` yields the rest. `work` yields pairs: a value,
 then (prompt id, seconds); or None and None, a mark: it has begun, or it has advanced. The driver fetches the second of
 a pair only and passes the reference of the first on, so that a group never travels through the driver. The value goes
 first because Ray puts the error of a death wherever the next item would be: a pair that is whole holds no error."""
@@ -11,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from rlhf.errors import RunFailed
 from rlhf.interfaces import Published, Task
 from rlhf.workers import held
 
-Phase = Literal["asked", "setting up", "without weights", "loading", "ready"]
+Phase = Literal["asked", "starting", "setting up", "without weights", "loading", "ready"]
 NAMED = 8  # prompts in a message
 HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
 
@@ -32,15 +33,18 @@ HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
     """A role's pool in plain values. `needed` of `size` workers must be up for the run to start, the others are asked
-    for then; `resources` says what each takes; `silence_s` is how long one that holds work may show nothing;
-    `idle_release_s`, how long one that is not needed may be without work."""
+    for then; `resources` says what each takes; `mid_task`, whether weights are taken in the middle of a task;
+    `silence_s` is how long one that holds work may not advance, `lifeless_s` how long one may show no sign of life,
+    whatever it is at; `idle_release_s`, how long one that is not needed may be without work."""
 
     role: str
     size: int
     needed: int
     takes_weights: bool
+    mid_task: bool
     resources: Role
     silence_s: float
+    lifeless_s: float
     wait_timeout_s: float
     placement_timeout_s: float
     max_restarts: int
@@ -73,6 +77,7 @@ class Errand:
     missing: set[int]
     since: float
     version: int | None
+    go_on: "Callable[[], ray.ObjectRefGenerator] | None" = None  # the stream of the rest, where one ends early
     begun: bool = False
     value: "ray.ObjectRef[Any] | None" = None
 
@@ -91,6 +96,9 @@ class Errand:
             if ref is None:
                 if self.value is not None:
                     ray.get(self.value, timeout=HEADER_TIMEOUT_S)  # not a value but what ended the task: raises
+                if self.go_on is not None:
+                    self.stream = self.go_on()
+                    return
                 raise RunFailed(f"ended its work without an answer to prompts {self.named}")
             if self.value is None:
                 self.value = ref
@@ -126,7 +134,7 @@ class Worker:
     @property
     def comes_up(self) -> bool:
         """Whether it waits for the answer that brings it to the next phase."""
-        return self.phase in ("asked", "setting up", "loading")
+        return self.phase in ("asked", "starting", "setting up", "loading")
 
     @property
     def whereabouts(self) -> str:
@@ -144,12 +152,26 @@ class Worker:
         self.phase, self.awaited = phase, awaited
         self.since = self.sign = time.monotonic()
 
-    def start(self, task: Task, *, bound: bool) -> None:
+    def why_hung(self, now: float, lifeless_s: float, silence_s: float, wait_timeout_s: float) -> str | None:
+        """Why it is to be ended: it shows no sign of life (lifeless_s is not 0), it holds work and does not advance, or
+        it is not up after too long. One that loads large weights shows life, and may take as long as any other wait."""
+        if lifeless_s:
+            doing = "at work" if self.errands else self.phase
+            return f"was {doing} and showed no sign of life for {lifeless_s:.0f} s, stopped or cut off"
+        if self.errands and now - self.sign > silence_s:
+            return f"did not advance for {now - self.sign:.0f} s"
+        limited = self.phase in ("starting", "setting up", "loading") and not self.errands
+        if limited and now - max(self.since, self.sign) > wait_timeout_s:
+            return f"was {self.phase} for {now - self.since:.0f} s"
+        return None
+
+    def start(self, task: Task, *, bound: bool, in_slices: bool) -> None:
         now = time.monotonic()
         if not self.errands:
             self.sign = now
         stream: ray.ObjectRefGenerator = self.actor.work.options(num_returns="streaming").remote(task.payload)
-        self.errands.append(Errand(task, bound, stream, set(task.prompt_ids), now, self.version))
+        go_on = self.actor.go_on.options(num_returns="streaming").remote if in_slices else None
+        self.errands.append(Errand(task, bound, stream, set(task.prompt_ids), now, self.version, go_on))
 
     def died_by(self, error: RayError) -> bool:
         """Whether an error is the death of this very actor, and not of the holder of an argument or a raised one."""

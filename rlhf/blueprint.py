@@ -1,12 +1,13 @@
 """What a run needs, derived from its run file: the same for a team in one process and a team on Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.admission import Demand
 from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, ScoreAlgorithm
 from rlhf.algorithms.table import build
-from rlhf.config import OffPolicyCorrected, OnlineDpoConfig, PpoConfig, RsoConfig, RunConfig
+from rlhf.config import RunConfig
 from rlhf.experience import REF_LOGPROBS, VALUES, Sampling
+from rlhf.passes import needs_old_logprobs
 
 # Stands where rollouts say how they are drawn: rows of the data are not, and their log-probs are the plain model's.
 NOT_SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1)
@@ -28,6 +29,16 @@ class Blueprint:
     reference_judge: bool
     learner_annotates: bool
     samples: bool
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a second model is trained beside the policy, with ranks of its own."""
+        return isinstance(self.algorithm, ActorCriticAlgorithm)
+
+    @property
+    def mid_sequence(self) -> bool:
+        """Whether engines take weights between two tokens of a sequence."""
+        return self.config.generation is not None and self.config.generation.weights_mid_sequence
 
 
 def draw(config: RunConfig) -> Blueprint:
@@ -55,20 +66,10 @@ def draw(config: RunConfig) -> Blueprint:
     )
 
 
-def needs_old_logprobs(config: RunConfig) -> bool:
-    """Whether samples are trained under weights other than those that sampled them: stale, or in several optimizer
-    steps, or fresh ones are to be corrected, too. Rows of the data were not sampled by any, and a preference loss has
-    no importance ratio: what it does in several steps needs none. PPO prices and clips against its own log-probs
-    always."""
-    if config.records != "prompts":
-        return False
-    if isinstance(config.algorithm, PpoConfig):
-        return True
-    if isinstance(config.algorithm, OffPolicyCorrected) and config.algorithm.off_policy.fresh_too:
-        return True
-    steps = config.learner.epochs * config.learner.minibatches
-    has_ratio = not isinstance(config.algorithm, OnlineDpoConfig | RsoConfig)
-    return config.loop.max_staleness > 0 or (steps > 1 and has_ratio)
+def without_rollouts(blueprint: Blueprint) -> Blueprint:
+    """The same training where all groups are there, judged, before it begins: nobody samples and nobody judges."""
+    config = blueprint.config.model_copy(update={"reward": None})
+    return replace(blueprint, config=config, reference_judge=False, samples=False)
 
 
 def training_sampling(config: RunConfig) -> Sampling:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rlhf.chaos.points import point
@@ -104,9 +104,17 @@ def problems(folder: Path) -> list[str]:
         files = dict(manifest["files"])
         if manifest["format"] != FORMAT:
             return [f"{path}: format {manifest['format']}, this version reads format {FORMAT}"]
+        if outside := [name for name in files if not stays_inside(name)]:
+            return [f"{path}: names {outside[0]!r}, which is not inside of the checkpoint"]
         return [fault for name, entry in files.items() if (fault := _fault(folder / name, entry))]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{path}: unreadable: {error!r}"]
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a manifest's name of a file can only be one below the manifest's folder, as `seal` writes them."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and name == "/".join(parts) and ".." not in parts
 
 
 def committed(run_dir: Path) -> list[int]:
@@ -178,7 +186,9 @@ def _sync(path: Path) -> None:
 def _looks_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+        return all(
+            stays_inside(name) and (folder / name).stat().st_size == entry["size"] for name, entry in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -84,6 +84,11 @@ class Cluster(Section):
     address: str = Field(
         default="local", description="`local` starts Ray on this machine, `auto` joins the running one, or an address"
     )
+    listen: Literal["loopback", "network"] = Field(
+        default="loopback",
+        description="with `local`: where the processes of a run listen: at 127.0.0.1 alone, or at every address of "
+        "this machine. A Ray that is joined listens where it was started to",
+    )
     cpus: PositiveInt | None = Field(
         default=None, description="with `local`: CPUs that Ray counts; null: the sum of the roles"
     )
@@ -96,16 +101,26 @@ class Cluster(Section):
     )
     storage: StoragePlace = Field(default_factory=StoragePlace, description="a copy of the run elsewhere")
     trainer: Ranks = Field(default_factory=Ranks, description="ranks of the policy trainer")
+    critic: Ranks = Field(default_factory=Ranks, description="ranks of the critic; none without one (PPO has one)")
     rollout: Role = Field(default_factory=Role, description="rollout engines")
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
 
     @model_validator(mode="after")
+    def _listens_where_it_starts(self) -> Self:
+        if self.listen == "network" and self.address != "local":
+            raise ValueError(
+                f"listen=network would do nothing: with address={self.address} Ray listens where it was started to; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fixed_in_number(self) -> Self:
         if self.buffer.replicas != 1:
             raise ValueError(f"buffer.replicas must be 1, the ledger has one writer; found {self.buffer.replicas}")
-        for name, role in (("trainer", self.trainer), ("buffer", self.buffer)):
+        for name, role in (("trainer", self.trainer), ("critic", self.critic), ("buffer", self.buffer)):
             if role.min_replicas is not None:
                 raise ValueError(f"{name}.min_replicas: the {name} does not grow or shrink during a run; leave it out")
         return self
@@ -120,5 +135,6 @@ def this_machine(cores: int) -> Cluster:
 
     cores, those of the machine. The CPUs are logical, so that they add up to more than there are.
     """
-    whole = Role(cpus=cores)
-    return Cluster(trainer=Ranks(cpus=cores), rollout=whole, reference=whole)
+    return Cluster(
+        trainer=Ranks(cpus=cores), critic=Ranks(cpus=cores), rollout=Role(cpus=cores), reference=Role(cpus=cores)
+    )

@@ -227,8 +227,9 @@ class LoopConfig(Section):
     )
     heartbeat_timeout_s: PositiveFloat = Field(
         default=120.0,
-        description="a rollout engine or judge that holds work and does not advance for so long is ended and replaced; "
-        "a reward function may use its reward.timeout_s on top",
+        description="an actor that shows no sign of life for so long, whatever it is at, is ended and replaced; so is "
+        "a rollout engine or judge that holds work and does not advance (a reward function may use its "
+        "reward.timeout_s on top)",
     )
 
 
@@ -330,6 +331,11 @@ class RunConfig(Section):
             self._fits_a_reward_model()
         if self.reward is not None and self.records == "prompts":
             self._fits_comparisons(self.reward)
+        if self.generation is not None and self.generation.weights_mid_sequence and not self.loop.max_staleness:
+            raise ValueError(
+                "generation.weights_mid_sequence would do nothing: with loop.max_staleness=0 no sequence is under way "
+                "when weights come; expected loop.max_staleness above 0"
+            )
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} is more than the samples of a step "

@@ -23,6 +23,11 @@ class GenerationConfig(Section):
     cache_gib: PositiveFloat = Field(default=1.0, description="memory for vLLM's KV cache, in GiB (CPU)")
     gpu_memory_fraction: Fraction = Field(default=0.5, description="share of a GPU's memory that vLLM may use")
     max_sequences: PositiveInt = Field(default=64, description="sequences that one engine samples at the same time")
+    weights_mid_sequence: bool = Field(
+        default=False,
+        description="engines take new weights between two tokens of what they are sampling, keep the KV cache, and go "
+        "on; needs loop.max_staleness above 0. false: an engine first finishes what it samples",
+    )
     probe_tolerance: PositiveFloat | None = Field(
         default=None,
         description="largest log-prob difference at the weight probe; null: 1e-3 in float32, 1.0 in bfloat16",
@@ -77,5 +82,5 @@ class LearnerConfig(Section):
         default=512, description="completion positions whose logits exist at the same time"
     )
     threads: PositiveInt | None = Field(
-        default=None, description="CPU threads of a trainer rank; null: what the cluster file gives"
+        default=None, description="CPU threads of a trainer or critic rank; null: what the cluster file gives"
     )

@@ -16,6 +16,7 @@ from rlhf.chaos.plan import ChaosPlan
 from rlhf.cluster import Cluster
 from rlhf.config import PpoConfig, RewardConfig, RewardSource, RunConfig
 from rlhf.config_keys import explain
+from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput
 from rlhf.yaml_reader import parse
 
@@ -99,16 +100,31 @@ def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
 
 def _load(path: Path, overrides: Sequence[str], kind: type[Model]) -> Model:
     data = _read(path)
+    _refuse_secrets(data, "", str(path))
     sources: dict[str, str] = {}
     for override in overrides:
+        refuse_credentials(override.partition("=")[2], f"override of {override.partition('=')[0]}")
         key, value = _split(override)
         _put(data, key, value, override)
         sources[key] = override
+    _refuse_secrets(data, "", str(path))
     try:
         # JSON's strict mode refuses to guess ("5" is no number, true no 1) but takes 1 for 1.0 and a list for a tuple.
         return kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise BadInput("\n".join(explain(error, data, kind, str(path), sources))) from error
+
+
+def _refuse_secrets(value: Any, key: str, file: str) -> None:
+    """Before anything is said of a value: the messages of other faults show what was found."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_secrets(part, f"{key}.{name}" if key else str(name), file)
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_secrets(part, key, file)
+    elif isinstance(value, str):
+        refuse_credentials(value, f"{file}: {key}")
 
 
 def _read(path: Path) -> dict[str, Any]:

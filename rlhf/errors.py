@@ -25,7 +25,8 @@ class ActorDied(RunFailed):
 
 
 class TrainerDied(ActorDied):
-    """A rank of the policy trainer ended, and no other actor as far as is known: the trainer alone is built again."""
+    """A rank of the policy or of the critic ended, and no other actor as far as is known: the trainer, both of them, is
+    built again alone."""
 
 
 class WorkerLost(ActorDied):

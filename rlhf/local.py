@@ -15,18 +15,18 @@ from rlhf.interfaces import Judge, Published
 from rlhf.judges.build import build_reward_judge
 from rlhf.judges.reference import ReferenceJudge
 from rlhf.judges.weighted import Scale
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.paired import PairedLearner
 from rlhf.loop import Team
 from rlhf.metrics import Metrics
 from rlhf.sources import MAX_ATTEMPTS, JudgeDesk, PolicySource
 from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, scales_of
-from rlhf.workers import LocalWorkers, answers, judgement
+from rlhf.workers import LocalWorkers, MidTaskWorkers, answers, judgement
 
 
 class LocalLearner:
-    """The only rank of a policy trainer, in this process."""
+    """The only rank of the policy's trainer, and of the critic where there is one, in this process."""
 
-    def __init__(self, rank: PolicyLearner) -> None:
+    def __init__(self, rank: PairedLearner) -> None:
         self._rank = rank
 
     @property
@@ -74,7 +74,7 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
         closing.callback(buffer.close)
         for name, value in pins(order).items():
             buffer.pin(name, value)
-        rank = PolicyLearner(config, blueprint.algorithm, 0, 1, None)
+        rank = PairedLearner(config, blueprint.algorithm, 0, 1, None)
         rank.setup()
         closing.callback(rank.close)  # after the generator: vLLM leaves the process group that they may share
         rollouts = dataset_workers(order)
@@ -82,7 +82,8 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
             generator = build_generator(config, "rollout-0")
             closing.callback(generator.close)
             generator.setup()
-            rollouts = LocalWorkers("rollout-0", partial(answers, generator), generator.load)
+            kind = MidTaskWorkers if blueprint.mid_sequence else LocalWorkers
+            rollouts = kind("rollout-0", partial(answers, generator), generator.load)
         desks = []
         for name, columns, judge in _judges(order, scales):
             closing.callback(judge.close)

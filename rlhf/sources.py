@@ -134,16 +134,27 @@ class PolicySource:
         whatever a worker raised.
         """
         needed = self._demand.groups_per_step
-        self._last_progress = time.monotonic()
-        while not self._buffer.assigned(step):
-            self._admit()
-            ready = self._buffer.ready(self._version - self._demand.max_staleness)
-            if ready >= needed:
-                break
-            self._work(f"{needed - ready} of {needed} groups of step {step}")
+        if not self._buffer.assigned(step):
+            self._wait_for(needed, f"groups of step {step}")
         groups = self._buffer.take(step, needed)
         self._admit()
         return groups
+
+    def fill(self, steps: int) -> int:
+        """Waits until the groups of the next `steps` steps are there, or of those that the version may sample for, and
+        takes none of them; returns how many groups wait for their step. Call `sync` before. Raises as `take` does."""
+        ahead = min(self._demand.max_staleness + self._version + 1, self._demand.num_steps) - self._untaken_step
+        return self._wait_for(min(steps, ahead) * self._demand.groups_per_step, "groups")
+
+    def _wait_for(self, needed: int, what: str) -> int:
+        """Works until so many complete groups are there that no step has taken; returns how many there are."""
+        self._last_progress = time.monotonic()
+        while True:
+            self._admit()
+            ready = self._buffer.ready(self._version - self._demand.max_staleness)
+            if ready >= needed:
+                return ready
+            self._work(f"{needed - ready} of {needed} {what}")
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One judged answer to each prompt, for evaluation: outside the ledger, in the order of the prompts."""

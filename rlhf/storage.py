@@ -106,6 +106,8 @@ class Storage:
         """Downloads a folder into a new one and checks every byte; what is wrong with it, None when it is whole."""
         try:
             manifest = self.manifest(kind, updates)
+            if outside := [name for name in manifest["files"] if not checkpoint.stays_inside(name)]:
+                raise ValueError(f"the manifest names {outside[0]!r}, which is not inside of the folder")
             for name in [*manifest["files"], checkpoint.MANIFEST]:
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 self._files.get_file(f"{self._place(kind, updates)}/{name}", str(to / name))

@@ -12,6 +12,7 @@ from rlhf.blueprint import Blueprint
 from rlhf.cluster import Cluster
 from rlhf.data.mixed import MixedSet
 from rlhf.data.offline import DatasetGenerator, OfflineSet
+from rlhf.data.recorded import RecordedSet
 from rlhf.errors import ActorDied
 from rlhf.experience import REWARD, Prompt
 from rlhf.interfaces import Buffer, Learner, Workers
@@ -80,8 +81,9 @@ def scales_of(order: Order, hire: Callable[[], AbstractContextManager[Workers]])
 
 
 def dataset_workers(order: Order) -> Workers | None:
-    """What stands in for rollout engines in a run on preferences or demonstrations: it looks rows up, in the driver."""
-    if not isinstance(order.prompts, OfflineSet):
+    """What stands in for rollout engines in a run on preferences or demonstrations, or on what another run recorded: it
+    looks them up, in the driver."""
+    if not isinstance(order.prompts, OfflineSet | RecordedSet):
         return None
     return LocalWorkers("data", partial(answers, DatasetGenerator(order.prompts)), None)
 

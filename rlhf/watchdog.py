@@ -104,7 +104,10 @@ class Watchdog:
                 self._told = self._phase
                 self._note(f"no progress for {duration(time.monotonic() - self._moved)}: {in_words(status)}")
             if status != written or time.monotonic() - written_at > REWRITE_S:
-                write(self._path, status)
+                try:
+                    write(self._path, status)
+                except OSError:
+                    continue  # a disk that is full, or gone for now: the driver, which needs it, says so; look again
                 written, written_at = status, time.monotonic()
 
 

@@ -71,10 +71,13 @@ class LocalWorkers:
 
     def load(self, published: Published) -> "list[Receipt]":
         """Finishes the task that was begun, as an actor would, before the weights change under it."""
-        while self._errands and self._errands[0].results is not None:
-            self._finished.append(self._advance())
+        self._before_load()
         self._version = published.version
         return [self._load(published.weights)] if self._load else []
+
+    def _before_load(self) -> None:
+        while self._errands and self._errands[0].results is not None:
+            self._finished.append(self._advance())
 
     def fetch(self, handle: Handle) -> Any:
         return handle
@@ -95,6 +98,13 @@ class LocalWorkers:
             next(errand.results, None)  # lets a generator end, and with it the engine's call
             self._errands.popleft()
         return Result(errand.task.number, (prompt_id,), value, None, self._name, time.monotonic() - before)
+
+
+class MidTaskWorkers(LocalWorkers):
+    """The same, whose worker takes weights in the middle of a task and goes on with it."""
+
+    def _before_load(self) -> None:
+        pass
 
 
 def answers(generator: Generator, request: Request) -> Iterator[tuple[int, Group]]:

@@ -231,3 +231,30 @@ def forked() -> Iterator[Callable[..., tuple[int, str]]]:
     yield run
     server.stdin.close()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def mixed_logprobs() -> Callable[..., Any]:
+    """What a sequence is worth whose weights changed on the way: by whole forward passes, without any engine."""
+    import torch
+
+    @torch.no_grad()
+    def expected(models: Sequence[Any], prompt: Sequence[int], sample: Sample) -> torch.Tensor:
+        """Log-probs (T,) of a sample whose tokens were sampled under `models`, told apart by `sample.versions`.
+
+        Each model reads what the one before it has not: its last token and its own, on the former's cache.
+        """
+        ids = [*prompt, *sample.token_ids.tolist()]
+        found: list[torch.Tensor] = []
+        cache, read = None, 0
+        for model, version in zip(models, sorted(set(sample.versions.tolist())), strict=True):
+            own = int((sample.versions <= version).sum())
+            until = len(prompt) + own - 1  # the last token of each stretch is read by the next model
+            out = model(input_ids=torch.tensor([ids[read:until]]), past_key_values=cache, use_cache=True)
+            logprobs = out.logits[0].double().log_softmax(-1)
+            rows = [logprobs[place - read, ids[place + 1]] for place in range(max(read, len(prompt) - 1), until)]
+            found += rows
+            cache, read = out.past_key_values, until
+        return torch.stack(found)
+
+    return expected

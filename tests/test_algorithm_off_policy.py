@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 
 from rlhf.algorithms.table import build
-from rlhf.blueprint import needs_old_logprobs
 from rlhf.config import (
     GrpoConfig,
     OffPolicyConfig,
@@ -20,6 +19,7 @@ from rlhf.config import (
     RlooConfig,
 )
 from rlhf.metrics import values
+from rlhf.passes import needs_old_logprobs
 
 FREE = {"coef": 0.0}
 ALGORITHMS = {

@@ -21,7 +21,7 @@ from rlhf.config import AlgorithmConfig, PpoConfig, RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import ADVANTAGES, OLD_LOGPROBS, RETURNS, VALUES, Group, TrainBatch, fill_in
 from rlhf.learner.collate import collate
-from rlhf.learner.learner import PolicyLearner, _Drawn
+from rlhf.learner.paired import PairedLearner
 from rlhf.learner.plan import plan, units_of
 from rlhf.metrics import values
 
@@ -144,12 +144,12 @@ def test_settings_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def make(tiny_run: Callable[..., RunConfig]) -> Callable[..., PolicyLearner]:
-    def build_one(learner: Mapping[str, Any], model: Mapping[str, Any], algorithm: Mapping[str, Any]) -> PolicyLearner:
+def make(tiny_run: Callable[..., RunConfig]) -> Callable[..., PairedLearner]:
+    def build_one(learner: Mapping[str, Any], model: Mapping[str, Any], algorithm: Mapping[str, Any]) -> PairedLearner:
         plain = tiny_run(model, {"lr": 1e-3, **learner}, {}, {})
         settings = {"name": "ppo", "samples_per_prompt": 4, "kl": FREE, "critic": {"lr": 1e-3}, **algorithm}
         config = RunConfig.model_validate({**plain.model_dump(exclude_unset=True), "algorithm": settings})
-        made = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+        made = PairedLearner(config, build(config.algorithm), 0, 1, None)
         made.setup()
         return made
 
@@ -161,7 +161,7 @@ def groups(sampled_groups: Callable[..., list[Group]]) -> list[Group]:
     return sampled_groups(0, 4, 4, 0, 1.0)
 
 
-def prepared(learner: PolicyLearner, groups: Sequence[Group]) -> TrainBatch:
+def prepared(learner: PairedLearner, groups: Sequence[Group]) -> TrainBatch:
     return learner.prepare(fill_in(groups, learner.annotate_share(groups)))
 
 
@@ -174,7 +174,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def test_the_ratio_of_the_first_minibatch_is_exactly_one(
-    make: Callable[..., PolicyLearner], groups: list[Group]
+    make: Callable[..., PairedLearner], groups: list[Group]
 ) -> None:
     """Old log-probs are always filled in, also for one step on fresh samples; then nothing is clipped, and the values
     of the first pass are the old ones. Control: a second epoch moves both."""
@@ -184,8 +184,8 @@ def test_the_ratio_of_the_first_minibatch_is_exactly_one(
     with torch.no_grad():
         for micro in micros:
             made = collate(micro, [OLD_LOGPROBS, VALUES], packed=False)
-            logprobs = made.outputs(*learner._engine.forward(made.inputs)).logprobs
-            scores = made.scores(*learner._critic._engine.forward(made.inputs)).values
+            logprobs = made.outputs(*learner.policy._engine.forward(made.inputs)).logprobs
+            scores = made.scores(*learner.critic._engine.forward(made.inputs)).values
             assert torch.equal((logprobs - made.batch.tokens[OLD_LOGPROBS]).exp(), torch.ones_like(logprobs))
             assert torch.equal(scores, made.batch.tokens[VALUES])
     measured = values(learner.update(batch))
@@ -197,13 +197,13 @@ def test_the_ratio_of_the_first_minibatch_is_exactly_one(
 
 
 def test_values_are_read_before_the_token_and_packing_does_not_matter(
-    make: Callable[..., PolicyLearner], groups: list[Group]
+    make: Callable[..., PairedLearner], groups: list[Group]
 ) -> None:
     """Other last tokens leave all values as they are, other first tokens all but the first; packed rows to 1e-5."""
     learner = make({}, {}, {})
 
-    def read(one: PolicyLearner, given: Sequence[Group]) -> list[np.ndarray]:
-        return [array for columns in one.annotate_share(given) for array in columns.tokens[VALUES]]
+    def read(one: PairedLearner, given: Sequence[Group]) -> list[np.ndarray]:
+        return [array for columns in one.critic.annotate_share(given) for array in columns.tokens[VALUES]]
 
     def with_token(place: int) -> list[Group]:
         changed = []
@@ -223,22 +223,22 @@ def test_values_are_read_before_the_token_and_packing_does_not_matter(
         assert len(mine) == 1 or (mine[1:] != first[1:]).any()
 
 
-def test_policy_and_critic_do_not_touch_each_other(make: Callable[..., PolicyLearner], groups: list[Group]) -> None:
+def test_policy_and_critic_do_not_touch_each_other(make: Callable[..., PairedLearner], groups: list[Group]) -> None:
     """The critic's step leaves the policy as it was to the bit, and the other way round; each moves all its tensors."""
     learner = make({}, {}, {})
     batch = prepared(learner, groups)
-    policy, critic = copies(learner._engine), copies(learner._critic._engine)
-    learner._critic.optimize(units_of(batch.rows), batch, 0)
-    assert same(copies(learner._engine), policy)
-    after = copies(learner._critic._engine)
+    policy, critic = copies(learner.policy._engine), copies(learner.critic._engine)
+    learner.critic.update(batch)
+    assert same(copies(learner.policy._engine), policy)
+    after = copies(learner.critic._engine)
     assert all(not torch.equal(critic[name], after[name]) for name in critic)
-    assert all(parameter.grad is None for parameter in learner._engine.policy.parameters())
-    learner._optimize([_Drawn(units_of(batch.rows), batch, learner._loss, 1.0)], 0)
-    assert same(copies(learner._critic._engine), after) and not same(copies(learner._engine), policy)
+    assert all(parameter.grad is None for parameter in learner.policy._engine.policy.parameters())
+    learner.policy.update(batch)
+    assert same(copies(learner.critic._engine), after) and not same(copies(learner.policy._engine), policy)
 
 
 def test_the_critics_gradient_does_not_depend_on_how_the_batch_is_cut(
-    make: Callable[..., PolicyLearner], groups: list[Group]
+    make: Callable[..., PairedLearner], groups: list[Group]
 ) -> None:
     """One row a micro-batch or all at once: the same gradient norm and loss, so one division by the global count."""
     found = []
@@ -250,7 +250,7 @@ def test_the_critics_gradient_does_not_depend_on_how_the_batch_is_cut(
 
 
 def test_the_critic_learns_what_was_paid(
-    make: Callable[..., PolicyLearner], sampled_groups: Callable[..., list[Group]]
+    make: Callable[..., PairedLearner], sampled_groups: Callable[..., list[Group]]
 ) -> None:
     """The same rewarded groups again and again, with lambda 1: the explained variance rises from below .1 to .8."""
     learner = make({"lr": 1e-9}, {}, {"lam": 1.0, "critic": {"lr": 3e-3, "value_clip": None}})
@@ -264,7 +264,7 @@ def test_the_critic_learns_what_was_paid(
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
-    make: Callable[..., PolicyLearner],
+    make: Callable[..., PairedLearner],
     sampled_groups: Callable[..., list[Group]],
     tmp_path: Path,
     lora: dict[str, int] | None,
@@ -272,7 +272,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     """Trap 63, bitwise, for the policy and the critic; a checkpoint without a critic is refused."""
     settings = {"minibatches": 2, "schedule": "linear"}
 
-    def go(learner: PolicyLearner, steps: range) -> PolicyLearner:
+    def go(learner: PairedLearner, steps: range) -> PairedLearner:
         for step in steps:
             learner.update(prepared(learner, sampled_groups(step, 4, 4, step, 1.0)))
         return learner
@@ -282,15 +282,15 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     second = make(settings, {"lora": lora}, {})
     second.load(tmp_path)
     go(second, range(2, 4))
-    assert same(copies(whole._critic._engine), copies(second._critic._engine))
-    assert same(copies(whole._engine), copies(second._engine))
+    assert same(copies(whole.critic._engine), copies(second.critic._engine))
+    assert same(copies(whole.policy._engine), copies(second.policy._engine))
     (tmp_path / "trainer" / "critic").rename(tmp_path / "elsewhere")
     with pytest.raises(BadInput, match="and has a critic"):
         second.load(tmp_path)
 
 
-def test_the_learner_and_nobody_else_fills_the_values(make: Callable[..., PolicyLearner]) -> None:
+def test_the_learner_and_nobody_else_fills_the_values(make: Callable[..., PairedLearner]) -> None:
     """Judges give the reward, and the reference where it has a price; the learner annotates in any case."""
     for coef, judged in [(0.0, {"reward"}), (0.1, {"reward", "ref_logprobs"})]:
-        plan_of = draw(make({}, {}, {"kl": {"coef": coef}})._config)
+        plan_of = draw(make({}, {}, {"kl": {"coef": coef}}).policy._config)
         assert plan_of.judged == judged and plan_of.learner_annotates

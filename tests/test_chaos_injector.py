@@ -107,6 +107,8 @@ def test_one_process_of_the_role_is_struck_and_what_was_stopped_goes_on(run_dir:
     wait_for(lambda: buffer.status() != psutil.STATUS_STOPPED)
 
     append_durably(run_dir / "metrics.jsonl", {"step": 2})
+    wait_for(lambda: len(rows(run_dir, "recovered")) == 1)  # the kill: step 1 was under way, step 2 began after it
+    append_durably(run_dir / "metrics.jsonl", {"step": 3})
     wait_for(lambda: len(rows(run_dir, "recovered")) == 2)
     kill, stop = rows(run_dir, "fault")
     assert (kill["role"], kill["pid"], kill["steps"]) == ("rollout", dead.process.pid, 1)

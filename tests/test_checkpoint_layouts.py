@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
 from rlhf.experience import Group, fill_in
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.paired import PairedLearner
 from rlhf.learner.state import INDEX_FILE
 from rlhf.weights import Weights
 
@@ -36,17 +36,15 @@ torch.set_num_threads(1)
 from rlhf.algorithms.table import build
 from rlhf.experience import fill_in
 from rlhf.learner import deepspeed_engine
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.paired import PairedLearner
 
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 cases, steps = pickle.loads((folder / "order").read_bytes())
-# A process joins one group in its life, so all cases share it: joined before the first, never left.
+# A process joins one group in its life, so all cases share it: joined before the first, and not theirs to leave.
 deepspeed_engine.join(rank, world, f"127.0.0.1:{port}")
-deepspeed_engine.join = lambda *place: None
-torch.distributed.destroy_process_group = lambda: None
 
 def learner_of(config):
-    learner = PolicyLearner(config, build(config.algorithm), rank, world, None)
+    learner = PairedLearner(config, build(config.algorithm), rank, world, None)
     learner.setup()
     return learner
 
@@ -109,17 +107,17 @@ def config_of(tiny_run: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
     return build_config
 
 
-def learner_of(config: RunConfig) -> PolicyLearner:
-    learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+def learner_of(config: RunConfig) -> PairedLearner:
+    learner = PairedLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
     return learner
 
 
-def train(learner: PolicyLearner, groups: list[Group]) -> None:
+def train(learner: PairedLearner, groups: list[Group]) -> None:
     learner.update(learner.prepare(fill_in(groups, learner.annotate_share(groups))))
 
 
-def published(learner: PolicyLearner) -> Weights:
+def published(learner: PairedLearner) -> Weights:
     weights = learner.publish()
     assert weights is not None
     return weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
 from rlhf.experience import Group, fill_in
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.paired import PairedLearner
 
 # What training changes and a checkpoint leaves out, with the reason.
 LEFT_OUT = {"_reach": "watches the first updates of a process for tensors that no gradient reaches; begins again"}
@@ -29,21 +29,21 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def make(tiny_run: Callable[..., RunConfig]) -> Callable[[str, str], PolicyLearner]:
+def make(tiny_run: Callable[..., RunConfig]) -> Callable[[str, str], PairedLearner]:
     """A learner of an algorithm with weights in a dtype."""
 
-    def build_learner(algorithm: str, dtype: str) -> PolicyLearner:
+    def build_learner(algorithm: str, dtype: str) -> PairedLearner:
         plain = tiny_run({}, {"lr": 0.01, "minibatches": 2, "dtype": dtype}, {}, {})
         content = {**plain.model_dump(exclude_unset=True), "algorithm": ALGORITHMS[algorithm]}
         config = RunConfig.model_validate(content)
-        learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+        learner = PairedLearner(config, build(config.algorithm), 0, 1, None)
         learner.setup()
         return learner
 
     return build_learner
 
 
-def train(learner: PolicyLearner, groups: list[Group]) -> None:
+def train(learner: PairedLearner, groups: list[Group]) -> None:
     learner.update(learner.prepare(fill_in(groups, learner.annotate_share(groups))))
 
 
@@ -73,7 +73,7 @@ def parts(thing: object) -> dict[Any, Any]:
     return vars(thing) if ours else {}
 
 
-def memory(learner: PolicyLearner) -> dict[str, object]:
+def memory(learner: PairedLearner) -> dict[str, object]:
     return dict(leaves(learner, "", {}))
 
 
@@ -84,7 +84,7 @@ def differing(one: Mapping[str, object], other: Mapping[str, object]) -> set[str
 
 @pytest.mark.parametrize(("algorithm", "dtype"), [("ppo", "float32"), ("ppo", "bfloat16"), ("reinforce", "float32")])
 def test_a_fresh_learner_that_loads_remembers_all_that_training_changed(
-    make: Callable[[str, str], PolicyLearner],
+    make: Callable[[str, str], PairedLearner],
     sampled_groups: Callable[..., list[Group]],
     tmp_path: Path,
     algorithm: str,
@@ -100,7 +100,7 @@ def test_a_fresh_learner_that_loads_remembers_all_that_training_changed(
     changed = differing(memory(trained), untouched)
     for part in ("_version", "._engine._optimizer", "exp_avg", "exp_avg_sq", ".step", "._engine.policy"):
         assert any(part in path for path in changed), part
-    assert any("._critic._engine._optimizer" in path for path in changed) == (algorithm == "ppo")
+    assert any(".critic._engine._optimizer" in path for path in changed) == (algorithm == "ppo")
     assert any("._state.reward_sum" in path for path in changed) == (algorithm == "reinforce")
     trained.save(tmp_path)
     fresh.load(tmp_path)
@@ -111,7 +111,7 @@ def test_a_fresh_learner_that_loads_remembers_all_that_training_changed(
     "part", ["version", "run_state", "weight", "exp_avg", "exp_avg_sq", "step", "critic weight", "critic exp_avg"]
 )
 def test_a_part_that_was_left_out_is_noticed(
-    make: Callable[[str, str], PolicyLearner], sampled_groups: Callable[..., list[Group]], tmp_path: Path, part: str
+    make: Callable[[str, str], PairedLearner], sampled_groups: Callable[..., list[Group]], tmp_path: Path, part: str
 ) -> None:
     """The control of the test above: one part of the checkpoint is what it was before training."""
     algorithm = "reinforce" if part == "run_state" else "ppo"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 RUN = {
     "seed": 3,
     "model": {"name": "tiny"},
-    "algorithm": {"name": "rloo", "samples_per_prompt": 2, "kl": {"coef": 0.02}},
+    "algorithm": {"name": "rloo"},
     "data": {"path": "prompts.jsonl", "heldout": 2},
     "loop": {"num_steps": 3, "groups_per_step": 2, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 1},
     "generation": {"engine": "transformers", "max_new_tokens": 4, "temperature": 0.9},
@@ -47,9 +47,17 @@ def calls_in_the_code(function: str) -> dict[str, list[str]]:
     return found
 
 
-# What only an algorithm or a team that is not this one reaches.
-ELSEWHERE: set[str] = set()
-POINTS = sorted(calls_in_the_code("point").keys() - ELSEWHERE)
+POINTS = sorted(calls_in_the_code("point"))
+# Which run is killed there: RLOO, which is quicker, or PPO, whose critic reaches moments of its own.
+ALGORITHMS = {
+    "rloo": "{name: rloo, samples_per_prompt: 2, kl: {coef: 0.02}}",
+    "ppo": "{name: ppo, samples_per_prompt: 2, kl: {coef: 0.02}, critic: {lr: 1.0e-3}}",
+}
+OF_THE_CRITIC = [point for point in POINTS if point.startswith("critic: ")]
+
+
+def run_at(point: str) -> str:
+    return "ppo" if point in OF_THE_CRITIC else "rloo"
 
 
 def test_every_moment_in_the_code_has_a_meaning_and_every_meaning_a_moment() -> None:
@@ -68,18 +76,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workplace: Path, forked: Forked) -> dict[str, Any]:
-    """How the run ends when nobody disturbs it, and how often it reaches each moment."""
+def undisturbed(workplace: Path, forked: Forked) -> dict[str, dict[str, Any]]:
+    """How each run ends when nobody disturbs it, and how often it reaches each moment."""
     (workplace / "watch.yaml").write_text(yaml.safe_dump({"faults": [], "trace": POINTS}))
-    code, printed = forked(
-        workplace, "run", "run.yaml", "--in-process", "--run-dir", "straight", "--chaos", "watch.yaml"
-    )
-    assert code == 0, printed
-    times: dict[str, int] = {}
-    for line in (workplace / "straight" / "chaos-trace.jsonl").read_text().splitlines():
-        point = json.loads(line)["point"]
-        times[point] = times.get(point, 0) + 1
-    return {"state": state_of(workplace / "straight"), "times": times}
+    found = {}
+    for name in ALGORITHMS:
+        code, printed = forked(workplace, *command_of(name, name), "--chaos", "watch.yaml")
+        assert code == 0, printed
+        times: dict[str, int] = {}
+        for line in (workplace / name / "chaos-trace.jsonl").read_text().splitlines():
+            point = json.loads(line)["point"]
+            times[point] = times.get(point, 0) + 1
+        found[name] = {"state": state_of(workplace / name), "times": times}
+    return found
+
+
+def command_of(algorithm: str, run_dir: str) -> tuple[str, ...]:
+    return ("run", "run.yaml", f"algorithm={ALGORITHMS[algorithm]}", "--in-process", "--run-dir", run_dir)
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
@@ -107,10 +120,12 @@ def state_of(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def test_the_undisturbed_run_reaches_every_moment(undisturbed: dict[str, Any]) -> None:
-    """Otherwise the kills below would prove nothing of the moments that it does not reach."""
-    assert sorted(undisturbed["times"]) == POINTS
-    assert [row["step"] for row in undisturbed["state"]["metrics"]] == list(range(NUM_STEPS))
+def test_the_undisturbed_runs_reach_every_moment(undisturbed: dict[str, dict[str, Any]]) -> None:
+    """Otherwise the kills below would prove nothing of the moments that they do not reach."""
+    assert sorted(undisturbed["ppo"]["times"]) == POINTS and len(OF_THE_CRITIC) >= 4
+    assert sorted([*undisturbed["rloo"]["times"], *OF_THE_CRITIC]) == POINTS
+    for run in undisturbed.values():
+        assert [row["step"] for row in run["state"]["metrics"]] == list(range(NUM_STEPS))
 
 
 def kill_and_go_on(workplace: Path, forked: Forked, point: str, nth: int) -> Path:
@@ -118,7 +133,7 @@ def kill_and_go_on(workplace: Path, forked: Forked, point: str, nth: int) -> Pat
     name = f"{point.replace(' ', '-').replace(':', '')}-{nth}"
     plan = {"faults": [{"kind": "kill", "when": {"point": point, "nth": nth}}]}
     (workplace / f"{name}.yaml").write_text(yaml.safe_dump(plan))
-    command = ("run", "run.yaml", "--in-process", "--run-dir", name, "--chaos", f"{name}.yaml")
+    command = (*command_of(run_at(point), name), "--chaos", f"{name}.yaml")
     code, printed = forked(workplace, *command)
     assert code == SIGKILLED, f"{point} ({nth}) was not reached: {printed}"
     code, printed = forked(workplace, *command)
@@ -129,20 +144,22 @@ def kill_and_go_on(workplace: Path, forked: Forked, point: str, nth: int) -> Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_a_moment_the_run_ends_as_if_nothing_had_happened(
-    workplace: Path, forked: Forked, undisturbed: dict[str, Any], point: str
+    workplace: Path, forked: Forked, undisturbed: dict[str, dict[str, Any]], point: str
 ) -> None:
     """At a time in the middle: there is something to lose, and something to come."""
-    nth = (undisturbed["times"][point] + 1) // 2
+    straight = undisturbed[run_at(point)]
+    nth = (straight["times"][point] + 1) // 2
     ended = state_of(kill_and_go_on(workplace, forked, point, nth))
-    assert ended == undisturbed["state"]
+    assert ended == straight["state"]
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_any_time_that_a_moment_is_reached_the_run_ends_as_if_nothing_had_happened(
-    workplace: Path, forked: Forked, undisturbed: dict[str, Any], point: str
+    workplace: Path, forked: Forked, undisturbed: dict[str, dict[str, Any]], point: str
 ) -> None:
-    for nth in range(1, undisturbed["times"][point] + 1):
+    straight = undisturbed[run_at(point)]
+    for nth in range(1, straight["times"][point] + 1):
         ended = state_of(kill_and_go_on(workplace, forked, point, nth))
-        assert ended == undisturbed["state"], f"killed the {nth}th time"
+        assert ended == straight["state"], f"killed the {nth}th time"

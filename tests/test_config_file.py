@@ -258,3 +258,11 @@ def test_reading_settings_loads_nothing_heavy() -> None:
     code = f"import sys, rlhf.config_file, rlhf.observers; print(sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
+
+
+def test_weights_in_the_middle_of_sequences_need_stale_samples(tmp_path: Path) -> None:
+    """With max_staleness 0 no sequence is under way when weights come."""
+    path = write(tmp_path, MINIMAL)
+    assert "loop.max_staleness above 0" in refusal(path, "generation.weights_mid_sequence=true")
+    stale = ["generation.weights_mid_sequence=true", "loop.max_staleness=1"]
+    assert load_run(path, stale).generation.weights_mid_sequence

@@ -10,12 +10,13 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
+from rlhf.algorithms import ActorCriticAlgorithm
 from rlhf.algorithms.table import build
 from rlhf.cli.main import main
 from rlhf.config import ModelConfig, RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import VALUES, Group
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.critic import CriticLearner
 from rlhf.models.load import load_tokenizer
 from rlhf.models.score import start_score_model
 
@@ -31,8 +32,14 @@ def judge(tmp_path: Path) -> Path:
     return tmp_path / "judge"
 
 
+def critic_of(config: RunConfig) -> CriticLearner:
+    algorithm = build(config.algorithm)
+    assert isinstance(algorithm, ActorCriticAlgorithm)
+    return CriticLearner(config, algorithm, 0, 1, None)
+
+
 def values_of(config: RunConfig, groups: list[Group]) -> list[np.ndarray]:
-    learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+    learner = critic_of(config)
     learner.setup()
     return [column for filled in learner.annotate_share(groups) for column in filled.tokens[VALUES]]
 
@@ -67,7 +74,7 @@ def test_one_with_another_vocabulary_is_refused(tiny_run: Callable[..., RunConfi
     tokenizer.save_pretrained(judge)
     config = ppo(tiny_run({}, {}, {}, {}), str(judge))
     with pytest.raises(BadInput, match=r"algorithm.critic.init: the tokenizer of .* has 321 tokens"):
-        PolicyLearner(config, build(config.algorithm), 0, 1, None).setup()
+        critic_of(config).setup()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The transformers engine on the tiny model, against forward passes without a cache. T5 and GPUs are not covered."""
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ def model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def engine_for(folder: Path, run_seed: int = 3) -> TransformersGenerator:
+def engine_for(folder: Path, run_seed: int = 3, mid_sequence: bool = False) -> TransformersGenerator:
     engine = TransformersGenerator(
         EngineSpec(
             name="rollout-0",
@@ -51,6 +53,7 @@ def engine_for(folder: Path, run_seed: int = 3) -> TransformersGenerator:
             cache_gib=0.1,
             gpu_memory_fraction=0.5,
             probe_tolerance=1e-3,
+            mid_sequence=mid_sequence,
         )
     )
     engine.setup()
@@ -238,3 +241,51 @@ def test_an_engine_shows_that_it_advances_between_groups(engine: TransformersGen
     assert items.count(None) == steps > 3
     again = list(engine.generate(prompts(3), sampling(max_new_tokens=6), 2, "sample"))
     assert all(same(left, right) for left, right in zip(filter(None, items), again, strict=True))
+
+
+def test_new_weights_between_two_tokens_keep_the_cache_and_every_token_says_its_version(
+    folder: Path, model: torch.nn.Module, mixed_logprobs: Callable[..., torch.Tensor]
+) -> None:
+    """Two updates inside a sequence: log-probs are those of the weights that sampled each token, on the cache that the
+    former weights left; the versions say where. Control: under the newest weights alone they would be others."""
+    models = [copy.deepcopy(model)]
+    for version in (2, 3):
+        perturb(model, version)
+        models.append(copy.deepcopy(model))
+    engine = engine_for(folder, mid_sequence=True)
+    engine.load(publish(models[0], 1))
+    steps = engine.steps(prompts(2)[1:], sampling(max_new_tokens=40), 12, "sample")
+    items = [next(steps) for _ in range(4)]
+    receipt = engine.load(publish(models[1], 2))
+    assert receipt.version == 2 and receipt.probe_abs_max < 1e-3
+    items += [next(steps) for _ in range(3)]
+    engine.load(publish(models[2], 3))
+    (group,) = filter(None, [*items, *steps])
+    for sample in group.samples:
+        assert sample.versions.tolist() == ([1] * 5 + [2] * 3 + [3] * 40)[: len(sample.token_ids)]
+    assert {len(set(sample.versions.tolist())) for sample in group.samples} >= {1, 3}
+    worst, apart = 0.0, 0.0
+    for sample in group.samples:
+        used = models[: int(sample.versions.max())]
+        expected = mixed_logprobs(used, group.prompt.token_ids.tolist(), sample).numpy()
+        worst = max(worst, float(np.abs(sample.behavior_logprobs - expected).max()))
+        ids = [*group.prompt.token_ids.tolist(), *sample.token_ids.tolist()]
+        newest = token_logprobs(models[2], ids, 1.0)[len(group.prompt.token_ids) - 1 :].numpy()
+        apart = max(apart, float(np.abs(sample.behavior_logprobs - newest).max()))
+    assert worst < 1e-4 and apart > 1e-2, (worst, apart)
+    assert group.policy_version == 1
+    engine.close()
+
+
+def test_a_version_that_fails_in_the_middle_ends_what_is_in_flight(folder: Path, model: torch.nn.Module) -> None:
+    """No token may come out of weights that were not verified."""
+    engine = engine_for(folder, mid_sequence=True)
+    engine.load(publish(model, 1))
+    steps = engine.steps(prompts(1), sampling(), 2, "sample")
+    next(steps)
+    weights = publish(model, 2)
+    with pytest.raises(WeightMismatch, match="does not compute with them"):
+        engine.load(replace(weights, probe=Probe(weights.probe.token_ids, weights.probe.logprobs - 1)))
+    with pytest.raises(RunFailed, match="could not be verified"):
+        next(steps)
+    engine.close()

@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 import pytest
+from ray.actor import ActorHandle
 
 from rlhf.cluster import Cluster
-from rlhf.errors import ActorDied, DeadlinePassed
+from rlhf.errors import ActorDied, DeadlinePassed, TrainerDied
+from rlhf.metrics import Metric, last
 
 ORPHANS = """
 import os, signal, subprocess, sys, time
@@ -73,12 +75,14 @@ def test_who_is_late_is_named(on_ray: None) -> None:
     from actors import waiting
 
     fast, slow = ray.remote(Rank).options(num_cpus=1).remote(), ray.remote(Rank).options(num_cpus=1).remote()
+    ray.get([fast.pid.remote(), slow.pid.remote()], timeout=120)  # both are up
     named = {"rank 0": fast.work.remote(0.0), "rank 1": slow.work.remote(600)}
-    with pytest.raises(DeadlinePassed, match=r"updating \(rank 1\): 1 of 2 answers missing after 20 s"):
-        waiting.gather(named, "updating", 20.0, 0.0)
+    ray.wait([named["rank 0"]], timeout=60)
+    with pytest.raises(DeadlinePassed, match=r"updating \(rank 1\): 1 of 2 answers missing after 2 s"):
+        waiting.gather(named, "updating", 2.0, 0.0, None)
     assert waiting.current() is None
     again = {"a": fast.work.remote(0.5), "b": fast.work.remote(0.0)}
-    assert waiting.gather(again, "both", 60.0, 0.0) == ["0.5", "0"]
+    assert waiting.gather(again, "both", 60.0, 0.0, None) == ["0.5", "0"]
     for actor in (fast, slow):
         ray.kill(actor)
 
@@ -96,11 +100,83 @@ def test_the_death_of_a_rank_is_told_and_not_what_its_peer_saw_of_it(on_ray: Non
     ray.wait([named["rank 0"]], timeout=60)
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(ActorDied, match="rank 1") as died:
-        waiting.gather(named, "updating", 60.0, 30.0)
+        waiting.gather(named, "updating", 60.0, 30.0, None)
     assert died.value.actor_id == dying._actor_id.hex()
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        waiting.gather({"rank 0": alive.fail_as_one_whose_peer_is_gone.remote()}, "updating", 60.0, 30.0)
+        waiting.gather({"rank 0": alive.fail_as_one_whose_peer_is_gone.remote()}, "updating", 60.0, 30.0, None)
     ray.kill(alive)
+
+
+class Stand:
+    """A trainer rank or a buffer, as far as the driver's side of them sees; the first life of one stops itself."""
+
+    def __init__(self, stops: bool) -> None:
+        self._stops = stops
+
+    def meeting_point(self) -> str:
+        return "nowhere"
+
+    def setup(self, meeting_point: str) -> None:
+        pass
+
+    def reopen(self) -> None:
+        pass
+
+    def update(self, batch: int) -> tuple[int, dict[str, Metric]]:
+        return batch, {"pid": last(self.stop_or_answer())}
+
+    def in_flight(self) -> int:
+        return self.stop_or_answer()
+
+    def stop_or_answer(self) -> int:
+        if self._stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return os.getpid()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_deadline(on_ray: None) -> None:
+    """The deadline is ten minutes, the limit for a sign of life three seconds; a call that takes six is left alone."""
+    import ray
+
+    from actors import waiting
+    from actors.buffer import RemoteBuffer
+    from actors.heartbeat import Pulses
+    from actors.policy import RemoteLearner
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    stand, limit_s = ray.remote(Stand).options(num_cpus=0), 3.0
+    ended: list[ActorHandle] = []
+
+    def end(actors: Sequence[ActorHandle]) -> None:
+        ended.extend(actors)
+        for actor in actors:
+            ray.kill(actor)
+
+    lives: list[list[ActorHandle]] = []
+
+    def hire(life: int) -> list[ActorHandle]:
+        lives.append([stand.remote(life == 0 and rank == 1) for rank in range(2)])
+        return lives[-1]
+
+    learner = RemoteLearner(hire, end, 600.0, limit_s, annotates=False)
+    learner.end_setup(learner.begin_setup())
+    with pytest.raises(TrainerDied, match="update 1: rank 1 has shown no sign of life for"):
+        learner.update(1)
+    learner.load(None)
+    assert learner.update(1) is not None and learner.version == 1 and ended == lives[0]
+
+    told: list[ActorDied] = []
+    stops = iter([True, False])
+    buffer = RemoteBuffer(lambda: stand.remote(next(stops)), lambda actor: end([actor]), told.append, 600.0, limit_s)
+    assert buffer.in_flight() != os.getpid()
+    assert len(told) == 1 and len(ended) == 3 and "the buffer actor has shown no sign of life" in str(told[0])
+
+    slow, pulses = ray.remote(Rank).options(num_cpus=0).remote(), Pulses(limit_s)
+    pulses.follow(slow, "rank 0")
+    assert waiting.gather({"rank 0": slow.work.remote(2 * limit_s)}, "updating", 60.0, 0.0, pulses) == ["6"]
+    end([slow, *lives[1]])
 
 
 def test_stopped_and_orphaned_processes_end_with_the_run() -> None:

@@ -9,18 +9,19 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.table import build
 from rlhf.config import RunConfig
-from rlhf.experience import Group, fill_in
-from rlhf.learner.learner import PolicyLearner
+from rlhf.experience import VALUES, Columns, Group, fill_in
+from rlhf.learner.paired import PairedLearner
 from rlhf.metrics import Metrics, merge, values
 from rlhf.weights import Weights, verify_names
 
@@ -35,7 +36,7 @@ import torch
 torch.set_num_threads(1)
 from rlhf.algorithms.table import build
 from rlhf.experience import fill_in
-from rlhf.learner.learner import PolicyLearner
+from rlhf.learner.paired import PairedLearner
 
 rank, world, meeting_point = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 order, folder = Path(sys.argv[4]), Path(sys.argv[5])
@@ -47,7 +48,7 @@ def loss(outputs, batch):
     sums = plain.loss(outputs, batch)
     return sums._replace(loss=sums.loss * poison[0])
 
-learner = PolicyLearner(config, plain._replace(loss=loss), rank, world, meeting_point if world > 1 else None)
+learner = PairedLearner(config, plain._replace(loss=loss), rank, world, meeting_point if world > 1 else None)
 learner.setup()
 
 def train(groups):
@@ -80,8 +81,37 @@ found["unharmed"] = learner.publish()
 learner.close()
 """
 
+CRITIC_RANK = """
+import pickle, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from rlhf.algorithms.table import build
+from rlhf.learner.critic import CriticLearner
 
-def launch(config: RunConfig, steps: list[list[Group]], world: int, folder: Path) -> list[dict[str, Any]]:
+rank, world, meeting_point = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+order, folder = Path(sys.argv[4]), Path(sys.argv[5])
+config, steps = pickle.loads(order.read_bytes())
+learner = CriticLearner(config, build(config.algorithm), rank, world, meeting_point)
+learner.setup()
+found = {"columns": [], "metrics": []}
+for number, (groups, batch) in enumerate(steps):
+    if number == 2:
+        learner.save(folder)
+        torch.distributed.barrier()
+    found["columns"].append(learner.annotate_share(groups))
+    found["metrics"].append(learner.update(batch))
+found["columns"].append(learner.annotate_share(groups))
+learner.load(folder)
+found["version"] = learner.version
+learner.update(batch)
+found["repeated"] = learner.annotate_share(groups)
+(folder / f"found-{rank}").write_bytes(pickle.dumps(found))
+learner.close()
+"""
+
+
+def launch(script: str, config: RunConfig, steps: Sequence[Any], world: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank found."""
     order = folder / "order"
     order.write_bytes(pickle.dumps((config, steps)))
@@ -91,7 +121,7 @@ def launch(config: RunConfig, steps: list[list[Group]], world: int, folder: Path
     ranks = []
     for rank in range(world):
         log = (folder / f"log-{rank}").open("w")
-        command = [sys.executable, "-c", RANK, str(rank), str(world), meeting_point, str(order), str(folder)]
+        command = [sys.executable, "-c", script, str(rank), str(world), meeting_point, str(order), str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     try:
@@ -104,7 +134,7 @@ def launch(config: RunConfig, steps: list[list[Group]], world: int, folder: Path
 
 
 def in_one_process(config: RunConfig, steps: list[list[Group]]) -> tuple[list[Weights], list[Metrics]]:
-    learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+    learner = PairedLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
     weights, measured = [], []
     for groups in steps:
@@ -160,7 +190,7 @@ def test_two_ranks_equal_one_process(
     alone = tiny_run(model, LINEAR, {}, {})
     torch.set_num_threads(1)
     weights, measured = in_one_process(alone, steps)
-    ranks = launch(config, steps, 2, tmp_path)
+    ranks = launch(RANK, config, steps, 2, tmp_path)
     first = ranks[0]
 
     for mine, theirs in zip(first["weights"], weights, strict=False):
@@ -195,9 +225,9 @@ def test_one_rank_in_bfloat16_follows_plain_torch(
     """Published values differ by at most a few units in the last place of bfloat16; masters are float32 in both."""
     settings = {**LINEAR, "dtype": "bfloat16", "minibatches": 1}
     weights, _ = in_one_process(tiny_run({}, settings, {}, {}), steps)
-    found = launch(tiny_run({}, {**settings, "engine": "deepspeed", "zero_stage": stage}, {}, {}), steps, 1, tmp_path)[
-        0
-    ]
+    found = launch(
+        RANK, tiny_run({}, {**settings, "engine": "deepspeed", "zero_stage": stage}, {}, {}), steps, 1, tmp_path
+    )[0]
     for mine, theirs in zip(found["weights"], weights, strict=False):
         assert {tensor.dtype for tensor in mine.tensors.values()} == {"bfloat16"}
         ours, others = tensors(mine), tensors(theirs)
@@ -209,28 +239,57 @@ def test_one_rank_in_bfloat16_follows_plain_torch(
 
 
 @pytest.mark.slow
-def test_a_critic_shares_the_process_group(
+def test_a_critic_on_two_ranks_of_its_own_equals_one_beside_its_policy(
     tiny_run: Callable[..., RunConfig], steps: list[list[Group]], tmp_path: Path
 ) -> None:
-    """PPO on two ranks of ZeRO-3 equals one process: the policy to the tolerance above, the critic's loss, gradient
-    norm and values too. A checkpoint restores both: the same update again, whose advantages are made of the loaded
-    critic's values, ends where it did."""
+    """The policy on one rank, its critic on two of ZeRO-3 in a process group of their own: values, losses and gradient
+    norms are those of both in one process. A checkpoint of three processes: the two ranks go on from it with the same
+    bits, and one process goes on from it too."""
 
     def config(learner: Mapping[str, Any]) -> RunConfig:
         plain = tiny_run({}, {**LINEAR, **learner}, {}, {})
         ppo = {"name": "ppo", "samples_per_prompt": 4, "kl": {"coef": 0.0}, "critic": {"lr": 0.1}}
         return RunConfig.model_validate({**plain.model_dump(exclude_unset=True), "algorithm": ppo})
 
+    def values_in(shares: Sequence[Columns]) -> dict[int, np.ndarray]:
+        found = {share.prompt_id: np.concatenate(share.tokens[VALUES]) for share in shares if VALUES in share.tokens}
+        return found
+
+    def furthest_values(one: Sequence[Columns], other: Sequence[Columns]) -> float:
+        mine, theirs = values_in(one), values_in(other)
+        assert mine.keys() == theirs.keys()
+        return max(float(np.abs(mine[number] - theirs[number]).max()) for number in theirs)
+
     torch.set_num_threads(1)
-    weights, measured = in_one_process(config({}), steps)
-    ranks = launch(config({"engine": "deepspeed", "zero_stage": 3}), steps, 2, tmp_path)
-    first = ranks[0]
-    for mine, theirs in zip(first["weights"], weights, strict=False):
-        assert furthest(mine, theirs) <= TOLERANCE
-    for step, expected in enumerate(measured[:2]):
+    both = PairedLearner(config({}), build(config({}).algorithm), 0, 1, None)
+    both.setup()
+    handed, columns, measured = [], [], []
+    for number, groups in enumerate(steps):
+        if number == 2:
+            both.policy.save(tmp_path)  # the critic's part is that of the two ranks
+        columns.append(both.annotate_share(groups))
+        batch = both.prepare(fill_in(groups, columns[-1]))
+        handed.append((groups, batch))
+        measured.append(both.update(batch))
+    columns.append(both.annotate_share(steps[2]))
+
+    ranks = launch(CRITIC_RANK, config({"engine": "deepspeed", "zero_stage": 3}), handed, 2, tmp_path)
+    for step, expected in enumerate(columns):
+        shares = [share for rank in ranks for share in rank["columns"][step]]
+        assert furthest_values(shares, expected) <= 1e-5
+    assert furthest_values(columns[3], columns[2]) > 1e-3, "control: a step moves the values"
+    for step, expected in enumerate(measured):
         merged = values(merge([rank["metrics"][step] for rank in ranks]))
-        assert merged == pytest.approx(values(expected), rel=1e-3, abs=1e-5)
-        assert merged["value/grad_norm"] > 0.01
-    assert furthest(first["went on"], weights[2]) <= TOLERANCE
-    assert furthest(first["repeated"], first["went on"]) <= 1e-7
-    assert (tmp_path / "trainer" / "critic").is_dir()
+        assert merged == pytest.approx({name: values(expected)[name] for name in merged}, rel=1e-3, abs=1e-5)
+        assert merged.keys() == {"loss/value", "clip/value_fraction", "value/grad_norm", "value/lr"}
+    for rank in ranks:
+        assert rank["version"] == 2
+        went_on, repeated = values_in(rank["columns"][3]), values_in(rank["repeated"])
+        assert all(np.array_equal(went_on[number], repeated[number]) for number in went_on)
+
+    again = PairedLearner(config({}), build(config({}).algorithm), 0, 1, None)
+    again.setup()
+    again.load(tmp_path)
+    assert furthest_values(again.annotate_share(steps[2]), columns[2]) <= 1e-5
+    again.update(handed[2][1])
+    assert furthest_values(again.annotate_share(steps[2]), columns[3]) <= 1e-5

@@ -12,14 +12,14 @@ from rlhf.buffer.store import ExperienceBuffer
 from rlhf.config import LoopConfig
 from rlhf.errors import DeadlinePassed, JudgeFailed, WorkerLost
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Published, Replacements, Result, Task
+from rlhf.interfaces import Published, Replacements, Request, Result, Task
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.metrics import values as values_of
 from rlhf.sources import JudgeDesk, PolicySource
 from rlhf.testing import CountingLearner, LengthJudge, MadeUpGenerator
 from rlhf.weights import Receipt
-from rlhf.workers import LocalWorkers, answers, judgement
+from rlhf.workers import LocalWorkers, MidTaskWorkers, answers, judgement
 
 SAMPLING = Sampling(1.0, 1.0, 0, 6)
 
@@ -264,3 +264,22 @@ def test_admission_golden_numbers(case: tuple[int, int, int, int, int], capacity
 def test_admission_ends_with_the_run() -> None:
     wanted = demand(steps=10, groups=8, staleness=4, timeout_s=1)
     assert admissible(wanted, 9, 72, 0) == 8
+
+
+@pytest.mark.parametrize(("kind", "versions"), [(LocalWorkers, [0, 0, 0, 0]), (MidTaskWorkers, [0, 1, 1, 1])])
+def test_in_one_process_weights_come_after_a_task_or_in_the_middle_of_it(
+    kind: type[LocalWorkers], versions: list[int]
+) -> None:
+    """One group is out when version 1 comes; the other three are of the version that the run file asks for."""
+    generator, learner = MadeUpGenerator(7), CountingLearner()
+    workers = kind("rollout-0", partial(answers, generator), generator.load)
+    workers.load(learner.publish())
+    prompts = tuple(Supply().prompt(number) for number in range(4))
+    workers.submit(Task(0, (0, 1, 2, 3), Request(prompts, SAMPLING, 1, "sample")), "rollout-0")
+    came = workers.collect(0.0)
+    learner.update([])
+    workers.load(learner.publish())
+    while len(came) < 4:
+        came += workers.collect(0.0)
+    assert [result.value.policy_version for result in came] == versions
+    assert [result.prompt_ids for result in came] == [(0,), (1,), (2,), (3,)] and workers.free()

@@ -6,10 +6,12 @@ Not covered here: real engines and the command line (test_run_replacement.py), n
 import math
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ import psutil
 import pytest
 
 from rlhf.admission import Demand
+from rlhf.algorithms.table import build
 from rlhf.buffer.audit import ExperienceView, verify
 from rlhf.buffer.store import ExperienceBuffer
 from rlhf.cluster import Role
-from rlhf.config import LoopConfig
+from rlhf.config import LoopConfig, RunConfig
 from rlhf.errors import NoCapacity, RunFailed
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Replacements, Request
+from rlhf.interfaces import Published, Replacements, Request, Result, Task
+from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.metrics import values as values_of
@@ -36,8 +40,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SAMPLING = Sampling(1.0, 1.0, 0, 6)
 SILENCE_S = 5.0
+LIFELESS_S = 4.0
 MARK_EVERY_S = 0.5
-Faults = Mapping[int, tuple[str, int]]  # by prompt: what happens, and at how many of the first attempts
+# By prompt: what happens, and at how many of the first attempts; -1: to the first that loads which version; -2: to how
+# many of the first that are set up; -3: every load of this version takes long.
+Faults = Mapping[int, tuple[str, int]]
 
 
 def attempts(folder: Path, what: str) -> int:
@@ -61,12 +68,17 @@ class Engine:
         return place_of_this_actor()
 
     def setup(self) -> None:
-        if self._faults.get(-2) and not attempts(self._folder, "setup"):
-            os._exit(1)
+        what, times = self._faults.get(-2, ("", 0))
+        if attempts(self._folder, "setup") < times:
+            os._exit(1) if what == "exit" else os.kill(os.getpid(), signal.SIGSTOP)
 
     def load(self, weights: Weights) -> Receipt:
-        if weights.version == 2 and self._faults.get(-1) and not attempts(self._folder, "load"):
-            os._exit(1)
+        what, version = self._faults.get(-1, ("", 0))
+        if what and weights.version == version and not attempts(self._folder, "load"):
+            os._exit(1) if what == "exit" else os.kill(os.getpid(), signal.SIGSTOP)
+        if weights.version == self._faults.get(-3, ("", -1))[1]:
+            attempts(self._folder, f"slow-load-{os.getpid()}")
+            time.sleep(2 * LIFELESS_S)
         return self._generator.load(weights)
 
     def work(self, request: Request) -> Iterator[object]:
@@ -166,7 +178,9 @@ class Bench:
         needed: int,
         faults: Faults,
         resources: Mapping[str, float],
-        idle_release_s: float,
+        idle_release_s: float = math.inf,
+        silence_s: float = SILENCE_S,
+        lifeless_s: float = 600.0,
     ) -> None:
         import ray
 
@@ -186,7 +200,8 @@ class Bench:
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
             takes = Role(cpus=0, resources=dict(resources))
-            return PoolSpec(role, size, needed, takes_weights, takes, SILENCE_S, 60.0, 60.0, 3, idle_release_s)
+            limits = (silence_s, lifeless_s, 600.0, 60.0, 3, idle_release_s)
+            return PoolSpec(role, size, needed, takes_weights, False, takes, *limits)
 
         self.rollouts = ActorWorkers(
             spec("rollout", engines, needed, True),
@@ -244,16 +259,10 @@ def ray_here() -> Iterator[None]:
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     built = []
 
-    def build(
-        engines: int,
-        needed: int,
-        faults: Faults,
-        resources: Mapping[str, float],
-        idle_release_s: float = math.inf,
-    ) -> Bench:
+    def build(engines: int, needed: int, faults: Faults, resources: Mapping[str, float], **limits: float) -> Bench:
         folder = tmp_path / f"{len(built)}"
         folder.mkdir()
-        built.append(Bench(folder, engines, needed, faults, resources, idle_release_s))
+        built.append(Bench(folder, engines, needed, faults, resources, **limits))
         return built[-1]
 
     yield build
@@ -274,7 +283,7 @@ def test_workers_that_die_or_hang_are_replaced_alone_and_a_poisoned_prompt_is_se
         8: ("stop", 1),
         10: ("long", 1),
         1001: ("kill", 1),
-        -1: ("load", 1),
+        -1: ("exit", 2),
     }
     team = bench(2, 2, faults, {})
     source = team.source(steps=3, groups=6)
@@ -305,7 +314,7 @@ def test_workers_that_die_or_hang_are_replaced_alone_and_a_poisoned_prompt_is_se
 def test_an_error_of_the_users_own_ends_the_run_at_once_and_deaths_in_a_row_end_it_too(
     ray_here: None, bench: Callable[..., Bench]
 ) -> None:
-    team = bench(1, 1, {1: ("raise", 1), -2: ("setup", 1)}, {})
+    team = bench(1, 1, {1: ("raise", 1), -2: ("exit", 1)}, {})
     source = team.source(steps=1, groups=2)
     assert team.rollouts.replaced().died == 1, "it died once while it was set up"
     with pytest.raises(RunFailed, match=r"rollout-0\.1 failed at 'generate' on prompts 1: 'no such word'"):
@@ -334,6 +343,91 @@ def test_engines_without_work_are_let_go_and_come_back_with_work(ray_here: None,
     assert [group.prompt.id for group in source.answer([Supply().prompt(2000)], SAMPLING)] == [2000]
     assert "there is work again: rollout workers [1] are asked for" in team.notes
     assert team.answers() == Counter([*range(6), 2000]) and team.rollouts.replaced() == Replacements(0, 0, 0)
+
+
+def test_a_worker_that_is_stopped_at_no_work_is_found_and_a_slow_load_is_left_alone(
+    ray_here: None, bench: Callable[..., Bench]
+) -> None:
+    """SIGSTOP to an engine while it is set up, while it loads version 0, while idle, and to an idle judge. All other
+    limits are minutes, so only the missing sign of life can find them. Meanwhile engines take twice the limit to
+    load version 1, and are left alone. Each stopped process is gone, and nobody else was replaced."""
+    faults: Faults = {-1: ("stop", 0), -2: ("stop", 1), -3: ("slow", 1)}
+    team = bench(2, 2, faults, {}, silence_s=600.0, lifeless_s=LIFELESS_S)
+    stopped: list[int] = []
+
+    def stop_idle() -> None:
+        for pool in (team.rollouts, team.judges):
+            place = pool._workers[0].place
+            assert place is not None
+            os.kill(place.pid, signal.SIGSTOP)
+            stopped.append(place.pid)
+
+    source = team.source(steps=2, groups=1)
+    told = team.train(source, 2, 1, lambda step: stop_idle() if step == 1 else None)
+    deadline = time.monotonic() + 120
+    while team.rollouts.size() < 2 or team.judges.size() < 1 or any(map(psutil.pid_exists, stopped)):
+        assert time.monotonic() < deadline, team.notes
+        team.rollouts.collect(0.0), team.judges.collect(0.1)
+    notes = "\n".join(team.notes)
+    assert team.learner.trained == [[0], [1]]
+    replaced = (team.rollouts.replaced(), team.judges.replaced())
+    assert [(each.died, each.hung, each.left) for each in replaced] == [(0, 3, 0), (0, 1, 0)], notes
+    assert all(f"was {phase} and showed no sign of life" in notes for phase in ("setting up", "loading", "ready"))
+    assert len(list(team.folder.glob("slow-load-*"))) >= 2 and len(told.measured) == 2
+
+
+def test_new_weights_reach_an_engine_in_the_middle_of_its_task(
+    ray_here: None, tiny_run: Callable[..., RunConfig]
+) -> None:
+    """A real engine (transformers) at work on many long answers: the load does not wait for them, the answer under way
+    has tokens of both versions in their order, those that were out before are of the old one, and none comes twice."""
+    import ray
+
+    from actors.pool import ActorWorkers, PoolSpec
+    from actors.rollout import RolloutActor
+
+    config = tiny_run({}, {}, {"max_staleness": 1}, {})
+    assert config.generation is not None
+    generation = config.generation.model_copy(update={"weights_mid_sequence": True, "max_new_tokens": 200})
+    config = config.model_copy(update={"generation": generation})
+    learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
+    learner.setup()
+    weights = learner.publish()
+    assert weights is not None
+    spec, notes = (
+        PoolSpec("rollout", 1, 1, True, True, Role(cpus=0), 120.0, 120.0, 600.0, 60.0, 3, math.inf),
+        list[str](),
+    )
+    pool = ActorWorkers(
+        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name), ray.kill, notes.append
+    )
+    try:
+        pool.wait_until_up()
+        pool.load(Published(0, weights.fingerprint, weights.size_bytes, ray.put(weights)))
+        ids = tuple(range(200))
+        request = Request(tuple(map(Supply().prompt, ids)), Sampling(1.0, 1.0, 0, 200), 2, "sample")
+        pool.submit(Task(0, ids, request), pool.free()[0])
+        came: list[Result] = []
+        while not came:
+            came += [result for result in pool.collect(0.1) if result.prompt_ids]
+        assert len(came) < len(ids) / 2, "the test is about a task that takes long"
+        newer = replace(weights, version=1)
+        (receipt,) = pool.load(Published(1, newer.fingerprint, newer.size_bytes, ray.put(newer)))
+        assert receipt.version == 1 and len(pool.holding()) == 1, notes
+        seen: list[list[int]] = []
+        while [0, 1] not in seen:
+            seen = [sorted({*map(int, pool.fetch(one.value).samples[0].versions)}) for one in came if one.value]
+            came += [result for result in pool.collect(0.1) if result.prompt_ids]
+            assert all(result.error is None for result in came) and len(came) < len(ids), came[-1]
+        assert seen[0] == [0] and seen == sorted(seen), seen
+        mixed = pool.fetch(came[seen.index([0, 1])].value).samples[0].versions
+        assert (np.diff(mixed) >= 0).all()
+        order = [prompt for result in came for prompt in result.prompt_ids]
+        assert order == list(range(len(order)))
+    finally:
+        pool.close()
+        for worker in pool._workers:
+            ray.kill(worker.actor)
 
 
 class Nodes:
@@ -424,6 +518,9 @@ def test_engines_join_and_leave_with_their_nodes_and_the_run_waits_when_there_ar
     overview = ExperienceView(team.folder / "experience.db").overview()
     assert (overview.counts.trained, overview.counts.lost, overview.counts.duplicated) == (36, 0, 0)
     assert not overview.attempts, "a node that leaves is no prompt's fault"
+    with sqlite3.connect(team.folder / "experience.db") as connection:  # step 2, the first that began with four engines
+        owners = {owner for (owner,) in connection.execute("SELECT owner FROM prompts WHERE id BETWEEN 8 AND 11")}
+    assert len(owners) == 4, f"each of the four took a lease, the three that joined too: {owners}"
     nodes.remove_all()
     with pytest.raises(NoCapacity, match="asks for spot: 1"):
         source.answer([Supply().prompt(2000)], SAMPLING)

@@ -1,4 +1,4 @@
-"""Parts of a run on Ray die one by one, and then its driver: real Ray, real signals, the real command line.
+"""Parts of a PPO run on Ray die one by one, and then its driver: real Ray, real signals, the real command line.
 
 The transformers engine and float32 sums, so that the end can be compared bitwise. Not covered: several machines, GPUs,
 the death of Ray's own processes.
@@ -27,7 +27,7 @@ RLHF = [sys.executable, "-m", "rlhf.cli.main"]
 PLAIN = {
     "seed": 5,
     "model": {"name": "tiny"},
-    "algorithm": {"name": "rloo", "samples_per_prompt": 2, "kl": {"coef": 0.02}},
+    "algorithm": {"name": "ppo", "samples_per_prompt": 2, "kl": {"coef": 0.02}, "critic": {"lr": 1e-3}},
     "data": {"path": "prompts.jsonl", "heldout": 2},
     "loop": {"num_steps": 300, "groups_per_step": 4, "checkpoint_every": 6},
     "generation": {"engine": "transformers", "max_new_tokens": 8, "temperature": 0.9},
@@ -137,8 +137,12 @@ def ledger(run_dir: Path) -> dict[str, int]:
     return counts
 
 
-def policy(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints" / f"step-{updates:06d}" / "policy" / "model.safetensors")
+def trained(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
+    """Policy and critic with their optimizers."""
+    folder = run_dir / "checkpoints" / f"step-{updates:06d}"
+    files = sorted(folder.rglob("*.safetensors"))
+    assert {path.parent.name for path in files} == {"policy", "trainer", "critic"}
+    return {f"{path.parent.name} {name}": t for path in files for name, t in load_file(path).items()}
 
 
 @pytest.mark.ray
@@ -147,19 +151,25 @@ def policy(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
 def test_trainer_buffer_and_driver_die_and_the_end_is_that_of_an_undisturbed_run(
     workplace: Path, start: Callable[..., Run]
 ) -> None:
-    """A policy rank, then the buffer actor: the others stay the processes that they were, and no prompt is leased
-    twice, so that nothing was generated for the steps that were replayed. Then SIGKILL to the driver while an engine is
-    stopped: no process is left, and the next run starts at once. That one gets SIGTERM, as a supervisor sends it, to
-    the whole process group."""
+    """A policy rank, a critic rank, then the buffer actor: the others stay the processes that they were, and no prompt
+    is leased twice, so that nothing was generated for the steps that were replayed. With a rank of either, policy and
+    critic go back to the checkpoint together. Then SIGKILL to the driver while an engine is stopped: no process is
+    left, and the next run starts at once. That one gets SIGTERM, as a supervisor sends it, to the whole process
+    group."""
     run = start()
     run.until(lambda: len(run.rows()) % 6 > 2)  # some steps behind a checkpoint
-    engine, judges, rank = run.actors("Rollout"), run.actors("JudgeHost"), run.actors("PolicyRank")
-    run.kill("PolicyRank")
-    run.until(lambda: any(row["faults/trainer_restarts"] == 1 for row in run.rows()))
-    run.until(lambda: len(run.rows()) > 7)
+    engine, judges = run.actors("Rollout"), run.actors("JudgeHost")
+    for count, role in enumerate(("PolicyRank", "CriticRank"), start=1):
+        before = {*run.actors("PolicyRank"), *run.actors("CriticRank")}
+        run.kill(role)
+        run.until(lambda count=count: any(row["faults/trainer_restarts"] == count for row in run.rows()))
+        steps = len(run.rows())
+        run.until(lambda steps=steps: len(run.rows()) > max(steps, 7))
+        assert not before & {*run.actors("PolicyRank"), *run.actors("CriticRank")}
+    assert "critic rank 0" in run.said()
     run.kill("ExperienceBuffer")
     run.until(lambda: [row["faults/buffer_restarts"] for row in run.rows()].count(1) > 2)
-    assert run.actors("Rollout") == engine and run.actors("JudgeHost") == judges and run.actors("PolicyRank") != rank
+    assert run.actors("Rollout") == engine and run.actors("JudgeHost") == judges
     with reader(run.run_dir / FILE_NAME) as connection:
         meta = read_meta(connection)
     assert int(meta["ticket"]) == int(meta["issued"]) >= 9 * 4  # one lease a prompt
@@ -186,7 +196,7 @@ def test_trainer_buffer_and_driver_die_and_the_end_is_that_of_an_undisturbed_run
     assert (again.run_dir / f"checkpoints/step-{steps:06d}/manifest.json").exists()
     settings = [f"loop.num_steps={steps}", "--cluster", "cluster.yaml", "--run-dir", "straight", "--in-process"]
     rlhf(workplace, "run", "plain.yaml", *settings)
-    disturbed, undisturbed = policy(run.run_dir, steps), policy(workplace / "straight", steps)
+    disturbed, undisturbed = trained(run.run_dir, steps), trained(workplace / "straight", steps)
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in disturbed.items())
     assert ledger(run.run_dir)["trained"] == ledger(workplace / "straight")["trained"] == steps * 4
 
@@ -194,14 +204,47 @@ def test_trainer_buffer_and_driver_die_and_the_end_is_that_of_an_undisturbed_run
 @pytest.mark.ray
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_one_of_two_deepspeed_ranks_dies_and_both_are_built_again(workplace: Path, start: Callable[..., Run]) -> None:
-    """What the other rank sees is a broken connection; what the run says is that the trainer died."""
-    (workplace / "cluster.yaml").write_text("trainer: {replicas: 2}\nthreads_per_role: 1\n")
+@pytest.mark.parametrize(("role", "replicas"), [("PolicyRank", "trainer"), ("CriticRank", "critic")])
+def test_one_of_two_deepspeed_ranks_dies_and_both_are_built_again(
+    workplace: Path, start: Callable[..., Run], role: str, replicas: str
+) -> None:
+    """Two of the policy beside one of the critic, and the other way round. What the other rank sees is a broken
+    connection; what the run says is that the trainer died."""
+    (workplace / "cluster.yaml").write_text(f"{replicas}: {{replicas: 2}}\nthreads_per_role: 1\n")
     run = start("learner.engine=deepspeed", "learner.zero_stage=2", "loop.num_steps=14")
     run.until(lambda: len(run.rows()) > 7)
-    ranks, engine = run.actors("PolicyRank"), run.actors("Rollout")
+    ranks, engine = run.actors(role), run.actors("Rollout")
     os.kill(ranks[1], signal.SIGKILL)
     run.until(lambda: any(row["faults/trainer_restarts"] == 1 for row in run.rows()))
-    assert run.actors("Rollout") == engine and not set(run.actors("PolicyRank")) & set(ranks)
+    assert run.actors("Rollout") == engine and not set(run.actors(role)) & set(ranks)
     assert run.wait() == 0, run.said()[-3000:]
     assert ledger(run.run_dir)["trained"] == 14 * 4 and run.rows()[-1]["faults/restarts"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_trainer_rank_and_a_buffer_that_are_stopped_for_good_are_replaced_alone(
+    workplace: Path, start: Callable[..., Run]
+) -> None:
+    """SIGSTOP without an end: no process ends by itself, and the deadlines are ten minutes. Each is found by its
+    missing signs of life and killed; the others stay the processes that they were, and nothing is generated again."""
+    run = start("loop.heartbeat_timeout_s=8")
+    run.until(lambda: len(run.rows()) > 4)
+    engine, judges = run.actors("Rollout"), run.actors("JudgeHost")
+    for role, fault in (("PolicyRank", "faults/trainer_restarts"), ("ExperienceBuffer", "faults/buffer_restarts")):
+        (stopped,) = run.actors(role)
+        os.kill(stopped, signal.SIGSTOP)
+        run.until(lambda fault=fault: any(row[fault] == 1 for row in run.rows()[-2:]))
+        run.until(lambda stopped=stopped: stopped not in {process.pid for process in run.below()})
+    done = len(run.rows())
+    run.until(lambda: len(run.rows()) > done + 3)
+    assert "has shown no sign of life for" in run.said()
+    assert run.actors("Rollout") == engine and run.actors("JudgeHost") == judges
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 130, run.said()[-3000:]
+    with reader(run.run_dir / FILE_NAME) as connection:
+        meta = read_meta(connection)
+    assert int(meta["ticket"]) == int(meta["issued"])  # one lease a prompt
+    counts = ledger(run.run_dir)
+    assert counts["trained"] == len(run.rows()) * 4 and not counts["dropped"]

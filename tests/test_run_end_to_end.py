@@ -71,6 +71,12 @@ def policy(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step-{updates:06d}" / "policy" / "model.safetensors")
 
 
+def critic(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
+    """Parameters and optimizer of the critic; nothing of a run without one."""
+    folder = run_dir / "checkpoints" / f"step-{updates:06d}" / "trainer" / "critic"
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def assert_bitwise_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
@@ -98,16 +104,21 @@ def test_rloo_on_ray_with_vllm_and_deepspeed_learns_and_loses_nothing(tmp_path: 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_in_process_and_on_ray_end_with_the_same_parameters(workplace: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "algorithm"), [("torch", "rloo"), ("deepspeed", "ppo")])
+def test_in_process_and_on_ray_end_with_the_same_parameters(workplace: Path, engine: str, algorithm: str) -> None:
     """Bitwise, with the transformers engine in float32 and one thread count. The runs have another number of
-    processes."""
+    processes: PPO's critic learns in its own while the policy does. PPO with the torch engine: test_recovery.py."""
     cluster = workplace / "cluster.yaml"
     cluster.write_text("threads_per_role: 1\n")
     settings = [f"learner.engine={engine}", "--cluster", str(cluster)]
+    if algorithm == "ppo":
+        settings += ["algorithm={name: ppo, samples_per_prompt: 2, critic: {lr: 1.0e-3}}", "learner.minibatches=2"]
     done(rlhf(workplace, "run", "plain.yaml", *settings, "--run-dir", "ray"))
     done(rlhf(workplace, "run", "plain.yaml", *settings, "--run-dir", "local", "--in-process"))
     assert_bitwise_equal(policy(workplace / "ray", 4), policy(workplace / "local", 4))
+    states = [critic(workplace / name, 4) for name in ("ray", "local")]
+    assert_bitwise_equal(*states)
+    assert bool(states[0]) == (algorithm == "ppo")
     assert [row["reward/mean"] for row in rows(workplace / "ray")] == [
         r["reward/mean"] for r in rows(workplace / "local")
     ]
@@ -139,7 +150,7 @@ def actors_of(process: "subprocess.Popen[str]") -> dict[int, str]:
             return ""
 
     found = {child.pid: title(child) for child in psutil.Process(process.pid).children(recursive=True)}
-    roles = ("Rollout", "PolicyRank", "JudgeHost", "ExperienceBuffer")
+    roles = ("Rollout", "PolicyRank", "CriticRank", "JudgeHost", "ExperienceBuffer")
     return {pid: role for pid, line in found.items() for role in roles if line.startswith(f"ray::{role}")}
 
 
@@ -156,6 +167,7 @@ def disturb(process: "subprocess.Popen[str]", run_dir: Path, role: str, number: 
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and steps() > 0, process)
     before, counted = actors_of(process), count()
     victim = min(pid for pid, name in before.items() if name == role)
+    assert "CriticRank" not in before.values(), "RLOO has no critic"
     os.kill(victim, number)
     wait_for(lambda: count() > counted, process)
     goal = steps() + 3

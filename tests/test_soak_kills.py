@@ -32,7 +32,8 @@ KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 ROLES = ["driver", "trainer", "rollout", "reward", "reference", "buffer"]
 SIGKILLED = -9
 KILLS_A_RUN = 10
-NUM_STEPS = 6 + 3 * min(KILLS, KILLS_A_RUN)
+STOP_EVERY = 4  # steps from one stopped role to the next
+NUM_STEPS = max(6 + 3 * min(KILLS, KILLS_A_RUN), STOP_EVERY * len(ROLES) + 2)
 GROUPS_PER_STEP = 8
 MEAN_GAP_S = 1.5  # from the first new step after a fault to the next fault; a step takes about as long
 STOPPED_S = 8.0
@@ -210,7 +211,7 @@ def test_seeded_kills_over_all_roles_change_nothing(workplace: Path, undisturbed
 def test_stopped_processes_of_every_role_change_nothing(workplace: Path, undisturbed: Run) -> None:
     """Each role in turn is stopped for some seconds: it holds what it holds, and answers nobody."""
     faults = [
-        {"kind": "stop", "roles": [role], "for_s": STOPPED_S, "when": {"after_steps": [4 * number + 2]}}
+        {"kind": "stop", "roles": [role], "for_s": STOPPED_S, "when": {"after_steps": [STOP_EVERY * number + 2]}}
         for number, role in enumerate(ROLES)
     ]
     run = carry_through(workplace, "stops", {"faults": faults, "trace": TRACE})

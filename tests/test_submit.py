@@ -5,19 +5,25 @@ Not covered: several nodes, a head that is lost, an address behind TLS.
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
 import yaml
 
-from rlhf.cli.submit import LARGEST_FILE_MIB, packed
+import rlhf.cli.submit as submit_command
+from rlhf.cli.main import main
+from rlhf.cli.submit import LARGEST_FILE_MIB, RUN_DIR_KEY, packed
 from rlhf.cluster import Cluster
 from rlhf.errors import BadInput
 
@@ -32,8 +38,11 @@ RUN = {
     "learner": {"engine": "torch"},
     "reward": {"function": "reward.py:reward"},
 }
-CLUSTER = {"address": "auto"} | {
-    role: {"cpus": 0.1} for role in ("trainer", "rollout", "reference", "reward", "buffer")
+TAG = {"trainer": 0.01}
+CLUSTER = {
+    "address": "auto",
+    **{role: {"cpus": 0.1} for role in ("trainer", "rollout", "reference", "reward")},
+    "buffer": {"cpus": 0.1, "resources": TAG},
 }
 
 
@@ -68,9 +77,10 @@ def server() -> Iterator[tuple[str, Mapping[str, str]]]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = f"start --head --block --port={port} --dashboard-port={dashboard} --include-dashboard=true --num-cpus=2"
+    tags = ["--resources", json.dumps({"trainer": 1})]
     ports = f"--ray-client-server-port={free_port()} --disable-usage-stats --object-store-memory=200000000"
     head = subprocess.Popen(
-        [str(binaries / "ray"), *command.split(), *ports.split(), f"--temp-dir={folder}"],
+        [str(binaries / "ray"), *command.split(), *ports.split(), *tags, f"--temp-dir={folder}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -98,17 +108,48 @@ def wait_for(port: int, head: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.5)
 
 
+def without_address(server: tuple[str, Mapping[str, str]]) -> dict[str, str]:
+    """RAY_ADDRESS would override --address, and belongs to the job's side only."""
+    return {name: value for name, value in server[1].items() if name != "RAY_ADDRESS"}
+
+
+def command_of(workplace: Path, server: tuple[str, Mapping[str, str]]) -> list[str]:
+    command = [sys.executable, "-m", "rlhf.cli.main", "submit", "run.yaml", "--cluster", "cluster.yaml"]
+    return [*command, "--run-dir", str(workplace / "out"), "--address", server[0]]
+
+
+@contextmanager
+def starting(workplace: Path, server: tuple[str, Mapping[str, str]]) -> Iterator["subprocess.Popen[str]"]:
+    """A submission that is followed, as a process."""
+    process = subprocess.Popen(
+        command_of(workplace, server),
+        cwd=workplace,
+        env=without_address(server),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+
+
 def submit(
     workplace: Path, server: tuple[str, Mapping[str, str]], *words: str, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    address, base = server
-    command = [sys.executable, "-m", "rlhf.cli.main", "submit", "run.yaml", "--cluster", "cluster.yaml"]
-    # RAY_ADDRESS would override --address, and belongs to the job's side only.
-    mine = {name: value for name, value in base.items() if name != "RAY_ADDRESS"} | environment
     return subprocess.run(
-        [*command, "--run-dir", str(workplace / "out"), "--address", address, *words],
+        [*command_of(workplace, server), *words],
         cwd=workplace,
-        env=mine,
+        env=without_address(server) | environment,
         capture_output=True,
         text=True,
         timeout=280,
@@ -122,6 +163,7 @@ def test_a_run_is_shipped_followed_and_gone_on_with(workplace: Path, server: tup
     first = submit(workplace, server)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "step 1/1" in first.stdout and "ray job submit" in first.stdout
+    assert """--entrypoint-resources '{"trainer": 0.01}'""" in first.stdout
     assert TOKEN not in first.stdout + first.stderr
     again = submit(workplace, server, "loop.num_steps=2")
     assert again.returncode == 0, again.stdout + again.stderr
@@ -143,10 +185,86 @@ def test_a_failing_reward_ends_with_the_code_of_a_failed_run(
 
 
 @pytest.mark.ray
-def test_a_wrong_token_is_refused_with_a_remedy(workplace: Path, server: tuple[str, Mapping[str, str]]) -> None:
-    refused = submit(workplace, server, RAY_AUTH_TOKEN="f" * 64)
+@pytest.mark.soak
+def test_a_run_that_finds_no_room_ends_with_its_code(workplace: Path, server: tuple[str, Mapping[str, str]]) -> None:
+    cluster = {**CLUSTER, "placement_timeout_s": 2, "rollout": {"cpus": 1000}}
+    (workplace / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+    failed = submit(workplace, server)
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+
+
+WAITING_REWARD = """
+import time
+from pathlib import Path
+
+def reward(prompts, completions):
+    Path({asked!r}).touch()
+    while not Path({go!r}).exists():
+        time.sleep(0.05)
+    return [1.0 for _ in completions]
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_ctrl_c_leaves_the_run_alone_and_the_line_by_hand_is_the_same_run(
+    workplace: Path, server: tuple[str, Mapping[str, str]]
+) -> None:
+    """Left by Ctrl-C, followed again by the same command, and gone on with by the line that was printed."""
+    asked, go = workplace / "asked", workplace / "go"
+    (workplace / "reward.py").write_text(WAITING_REWARD.format(asked=str(asked), go=str(go)))
+    with starting(workplace, server) as left:
+        wait_until(asked.exists, left)
+        left.send_signal(signal.SIGINT)
+        said, _ = left.communicate(timeout=60)
+    assert left.returncode == 130 and "goes on. The same command follows it again" in said, said
+    with starting(workplace, server) as again:
+        assert again.stdout is not None and "already: following it" in again.stdout.readline()
+        go.touch()
+        said, _ = again.communicate(timeout=280)
+    assert again.returncode == 0 and "step 1/1" in said, said
+    packing = submit(workplace, server, "loop.num_steps=2", "--pack", str(workplace / "packed"))
+    assert packing.returncode == 0, packing.stderr
+    line = shlex.split(packing.stdout.splitlines()[-1])
+    by_hand = subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), *line[1:]],
+        env=without_address(server),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert by_hand.returncode == 0, by_hand.stdout + by_hand.stderr
+    assert "goes on from" in by_hand.stdout and "step 2/2" in by_hand.stdout
+
+
+def test_what_would_be_shipped_can_be_looked_at_without_a_server(workplace: Path) -> None:
+    """The folder and the line that submits it, which finds its run again by the same metadata."""
+    words = ["submit", "run.yaml", "--cluster", "cluster.yaml", "--run-dir", "/data/my run", "--address", "http://h:1"]
+    command = [sys.executable, "-m", "rlhf.cli.main", *words, "--pack", "packed"]
+    packing = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert packing.returncode == 0, packing.stderr
+    assert {path.name for path in (workplace / "packed").iterdir()} == {
+        "rlhf", "actors", "files", "run.yaml", "cluster.yaml",
+    }  # fmt: skip
+    line = shlex.split(packing.stdout.splitlines()[-1])
+    assert line[:7] == ["ray", "job", "submit", "--address", "http://h:1", "--working-dir", "packed"]
+    assert line[7:9] == ["--metadata-json", json.dumps({RUN_DIR_KEY: "/data/my run"})]
+    entrypoint = line[line.index("--") + 1 :]
+    assert entrypoint[:4] == ["python", "-m", "rlhf.cli.main", "run"] and entrypoint[-1] == "/data/my run"
+    again = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("mine", [{"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "disabled"}], ids=["wrong", "none"])
+def test_who_has_not_the_token_is_refused_with_a_remedy(
+    mine: Mapping[str, str], workplace: Path, server: tuple[str, Mapping[str, str]]
+) -> None:
+    refused = submit(workplace, server, **mine)
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "RAY_AUTH_TOKEN" in refused.stderr and "f" * 64 not in refused.stderr
+    assert "Next: put the cluster's token into RAY_AUTH_TOKEN" in refused.stderr
+    assert "f" * 64 not in refused.stderr and TOKEN not in refused.stderr
 
 
 def test_local_files_travel_and_nothing_else(workplace: Path) -> None:
@@ -174,6 +292,36 @@ def test_a_file_too_large_to_travel_is_refused_by_its_key(workplace: Path) -> No
         packed(settings, Cluster(address="auto"), ship=True),
     ):
         pass
+
+
+@pytest.mark.parametrize(("resources", "asked"), [(TAG, TAG), ({}, None)])
+def test_the_driver_goes_to_the_buffer(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, resources: Mapping[str, float], asked: object
+) -> None:
+    """The job asks for the buffer's custom resources; a buffer without any leaves the driver on the head.
+
+    Not covered: that Ray then starts it there; the runs above have a head with that resource.
+    """
+    (workplace / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "buffer": {"resources": dict(resources)}}))
+    monkeypatch.setattr(submit_command, "_client", lambda address: Submissions())
+    monkeypatch.setattr(Submissions, "seen", [])
+    monkeypatch.chdir(workplace)
+    words = ["submit", "run.yaml", "--cluster", "cluster.yaml", "--run-dir", "/tmp/out", "--detach"]
+    assert main(words) == 0
+    assert [job["entrypoint_resources"] for job in Submissions.seen] == [asked]
+
+
+class Submissions:
+    """A job server that takes everything and runs nothing."""
+
+    seen: ClassVar[list[dict[str, object]]] = []
+
+    def list_jobs(self) -> list[object]:
+        return []
+
+    def submit_job(self, **job: object) -> str:
+        self.seen.append(job)
+        return "raysubmit_1"
 
 
 @pytest.mark.parametrize(

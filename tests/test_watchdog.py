@@ -38,6 +38,18 @@ def test_a_phase_without_progress_is_named_once_and_in_the_file(tmp_path: Path) 
     assert not (tmp_path / STATUS_FILE).exists()
 
 
+def test_a_folder_that_cannot_be_written_ends_neither_the_watch_nor_the_run(tmp_path: Path) -> None:
+    """As with a full disk: once there is room again the file is there, and phases are still named."""
+    told: list[str] = []
+    gone = tmp_path / "gone"
+    with Watchdog(gone, 0.1, told.append) as dog:
+        wait_for(lambda: bool(told))
+        dog.enter("step 2: training")
+        wait_for(lambda: len(told) == 2)
+        gone.mkdir()
+        wait_for(lambda: (gone / STATUS_FILE).exists())
+
+
 def test_a_run_with_progress_is_not_disturbed(tmp_path: Path) -> None:
     told: list[str] = []
     with Watchdog(tmp_path, 30.0, told.append) as dog:

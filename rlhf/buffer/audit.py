@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.buffer import ledger
-from rlhf.buffer.payloads import carried_names, load_group, read_column, read_group, stored_names, trained_groups
+from rlhf.buffer.payloads import (
+    carried_names,
+    load_group,
+    load_judged_group,
+    read_column,
+    read_group,
+    stored_names,
+    trained_groups,
+)
 from rlhf.buffer.schema import SCHEMA_VERSION, DamagedExperience, read_meta, reader
 from rlhf.errors import BadInput
 from rlhf.experience import Group
@@ -62,6 +70,16 @@ class Overview:
     attempts: Mapping[int, int]
     leases: Mapping[str, Holding]
     pinned: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored group by its prompt: how many samples it has, their oldest version (None: data), its checksum."""
+
+    prompt_id: int
+    samples: int
+    policy_version: int | None
+    checksum: str
 
 
 class ExperienceView:
@@ -115,6 +133,20 @@ class ExperienceView:
     def group(self, prompt_id: int) -> Group:
         with self._reading() as connection:
             return load_group(connection, self.path, prompt_id)
+
+    def judged_group(self, prompt_id: int) -> Group:
+        """A group as it was before a step trained on it."""
+        with self._reading() as connection:
+            return load_judged_group(connection, self.path, prompt_id)
+
+    def in_training_order(self) -> list["Stored"]:
+        """The groups that were trained or can be: those of steps as the steps had them, then the complete ones by
+        prompt id."""
+        query = """SELECT id, samples, policy_version, hex(groups.checksum) FROM prompts
+                   JOIN groups ON groups.prompt_id = id LEFT JOIN step_groups ON step_groups.prompt_id = id
+                   WHERE state IN ('complete', 'trained') ORDER BY step IS NULL, step, position, id"""
+        with self._reading() as connection:
+            return [Stored(*row) for row in connection.execute(query)]
 
     def column_names(self) -> dict[str, str]:
         """All columns that any stored group has, and whether each is a "score" or a "token" column."""

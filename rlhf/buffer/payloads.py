@@ -64,13 +64,23 @@ def delete_group(connection: sqlite3.Connection, prompt_id: int) -> None:
 
 def load_group(connection: sqlite3.Connection, path: Path, prompt_id: int) -> Group:
     """A stored group with all its stored columns. Raises DamagedExperience, and RunFailed where there is none."""
+    query = "SELECT name, payload, checksum FROM columns WHERE prompt_id = ? ORDER BY name"
+    return _load_group(connection, path, prompt_id, query)
+
+
+def load_judged_group(connection: sqlite3.Connection, path: Path, prompt_id: int) -> Group:
+    """The same without what the learner filled in: as it was before a step trained on it."""
+    query = "SELECT name, payload, checksum FROM columns WHERE prompt_id = ? AND by_learner = 0 ORDER BY name"
+    return _load_group(connection, path, prompt_id, query)
+
+
+def _load_group(connection: sqlite3.Connection, path: Path, prompt_id: int, columns: str) -> Group:
     query = "SELECT payload, checksum FROM groups WHERE prompt_id = ?"
     row = connection.execute(query, (prompt_id,)).fetchone()
     if row is None:
         raise RunFailed(f"{path}: no group is stored for prompt {prompt_id}")
     group = read_group(prompt_id, row[0], row[1], path)
-    query = "SELECT name, payload, checksum FROM columns WHERE prompt_id = ? ORDER BY name"
-    for name, payload, expected in connection.execute(query, (prompt_id,)):
+    for name, payload, expected in connection.execute(columns, (prompt_id,)):
         group = attach(group, read_column(prompt_id, name, payload, expected, path), f"{path}: columns")
     return group
 

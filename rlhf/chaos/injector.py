@@ -27,6 +27,7 @@ from rlhf.durable import read_jsonl
 from rlhf.observers import METRICS_FILE
 
 POLL_S = 0.1
+IDLE = "ray::IDLE"  # how Ray's processes call themselves before and after they hold an actor
 PATIENCE_S = 120.0  # how long a fault waits for a process of its role to be there
 
 
@@ -96,12 +97,13 @@ class Injector:
         return self._ran_before_s + time.monotonic() - self._began
 
     def _note_recoveries(self) -> None:
-        """A fault is over when the run has trained a step that it had not trained before."""
+        """A fault is over when the run has trained a step that began after it and that it had not trained before: the
+        one that was under way may end without whoever was struck."""
         steps, now = self._progress.look(), time.monotonic()
         if steps > self._moved:
             self._moved = steps
             self._settled_since = self._settled_since or now
-        for row in [row for row in self._open if steps > row["steps"]]:
+        for row in [row for row in self._open if steps > row["steps"] + 1]:
             self._open.remove(row)
             what = {"fault": row["fault"], "occurrence": row["occurrence"], "role": row["role"]}
             self._journal.write("recovered", {**what, "after_s": round(now - row["monotonic"], 3)})
@@ -188,14 +190,16 @@ class Injector:
             self._ballast_until = None
 
     def _processes(self, role: str) -> list[int]:
-        """The processes of a role on this machine, without those that they started themselves."""
+        """The processes of a role on this machine, without those that they started themselves and those of Ray's that
+        hold no actor: killing one of them would show nothing."""
         if role == "driver":
             return [self._driver]
-        ours = {
-            process.pid: process.ppid()
-            for process, environment in environments()
-            if environment.get(RUN_VARIABLE) == str(self._run_dir) and environment.get(ROLE_VARIABLE) == role
-        }
+        ours = {}
+        for process, environment in environments():
+            if environment.get(RUN_VARIABLE) == str(self._run_dir) and environment.get(ROLE_VARIABLE) == role:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if process.cmdline()[:1] != [IDLE]:
+                        ours[process.pid] = process.ppid()
         return [pid for pid, parent in ours.items() if parent not in ours]
 
 

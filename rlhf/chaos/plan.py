@@ -11,7 +11,7 @@ from rlhf.chaos.points import MESSAGES, MOMENTS
 from rlhf.config_section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from rlhf.seeding import seed_for
 
-Role = Literal["driver", "trainer", "rollout", "reward", "reference", "buffer"]
+Role = Literal["driver", "trainer", "critic", "rollout", "reward", "reference", "buffer"]
 
 
 class When(Section):

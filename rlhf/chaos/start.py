@@ -1,6 +1,7 @@
 """Faults on purpose for one run: checks the chaos file, and puts the listener and the injector in place."""
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from rlhf.chaos.listener import PointFaults
 from rlhf.chaos.plan import ChaosPlan, FillDisk, Kill, Stop
 from rlhf.config_file import dump, load_chaos
 from rlhf.durable import replace_durably
-from rlhf.errors import BadInput
+from rlhf.errors import BadInput, RunFailed
 
+START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
 
 
@@ -72,9 +74,10 @@ def _injector(run_dir: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "rlhf.chaos.injector", str(run_dir), str(os.getpid())]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdin is not None and process.stdout is not None
-    process.stdout.readline()  # it is ready; what happens from now on, it sees
     try:
-        yield
+        if not select.select([process.stdout], [], [], START_TIMEOUT_S)[0] or not os.read(process.stdout.fileno(), 64):
+            raise RunFailed(f"the process that injects faults (rlhf.chaos.injector, {process.pid}) did not come up")
+        yield  # it is ready; what happens from now on, it sees
     finally:
         process.stdin.close()
         try:

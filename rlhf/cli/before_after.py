@@ -24,12 +24,17 @@ def before_and_after(run_dir: Path) -> str:
 def _answers(first: HeldoutReport, last: HeldoutReport) -> list[str]:
     lines = []
     for before, after in zip(first.samples, last.samples, strict=True):
-        lines += ["", f"prompt: {before.prompt}"]
+        lines += ["", f"prompt: {printable(before.prompt)}"]
         for when, answer in (("before", before), ("after", after)):
             reward = "not scored" if answer.reward is None else f"{answer.reward:.2f}"
-            text = " ".join(answer.completion.split())[:LONGEST_ANSWER] or "(nothing)"
+            text = printable(" ".join(answer.completion.split()))[:LONGEST_ANSWER] or "(nothing)"
             lines += textwrap.wrap(f"{when:>6} [{reward}] {text}", WIDTH, subsequent_indent=" " * 7)
     return lines
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a model may write control sequences. Lines and tabs stay."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _rewards(first: HeldoutReport, last: HeldoutReport) -> str:

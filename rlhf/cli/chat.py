@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.cli.before_after import printable
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.export import newest_policy
 from rlhf.cli.run_directory import CONFIG_FILE
@@ -30,9 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig, AutoTokenizer
 
     from rlhf.models.load import language_model
+    from rlhf.models.own_code import check_own_code
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = language_model(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    check_own_code(str(folder), "RUN_DIR_OR_MODEL", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = language_model(settings).from_pretrained(folder, trust_remote_code=False, weights_only=True)
     model.train(False)
     torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -47,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         conversation.append({"role": "user", "content": line})
         answer = reply(model, tokenizer, conversation, arguments.max_new_tokens, arguments.temperature)
         conversation.append({"role": "assistant", "content": answer})
-        print(answer, flush=True)
+        print(printable(answer), flush=True)
     return DONE
 
 

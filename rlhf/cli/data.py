@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.cli import data_pairs
 from rlhf.cli.exit_codes import DONE
 from rlhf.config import DataConfig
+from rlhf.credentials import refuse_credentials
 from rlhf.data.examples import Example, Format, fitting_formats, sort_out
 from rlhf.data.prompts import key_of
 from rlhf.data.records import Record, load_rows
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "pairs":
         return data_pairs.run(arguments)
+    refuse_credentials(arguments.path, "PATH")
     config = DataConfig(
         path=arguments.path,
         split=arguments.split,

@@ -4,29 +4,31 @@ The outermost layer, and the only place that imports `actors`. Everything before
 input) is in `rlhf/cli/run.py`."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from rlhf import checkpoint, metrics
-from rlhf.blueprint import draw, evaluation_sampling
+from rlhf.blueprint import draw, evaluation_sampling, without_rollouts
 from rlhf.buffer.schema import FILE_NAME, DamagedExperience
 from rlhf.buffer.snapshot import moment_of
 from rlhf.chaos.points import point
+from rlhf.cli.restarts import Restarts
 from rlhf.cli.run_directory import CONFIG_FILE
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
+from rlhf.data.recorded import RecordedSet
 from rlhf.errors import ActorDied, BadInput, RunFailed, TrainerDied
 from rlhf.evaluation import heldout
+from rlhf.judges.scales import SCALES_FILE
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, Observer, Outcome, append_durably, read_jsonl
 from rlhf.sources import Interrupted, PolicySource
 from rlhf.storage import Archive, Storage
-from rlhf.team import Order, Part, Prompts
+from rlhf.team import Order, Prompts
 from rlhf.watchdog import Watchdog
 
 # Mean |log-prob difference| a token, in nats, above which a step is reported. Seen: 1e-5 in float32, 0.01 in bfloat16.
@@ -38,14 +40,6 @@ PHASES = {
     "annotate": "annotating",
     "update": "training",
     "sync": "publishing, committing, bringing the engines to the new weights",
-}
-
-# What the death of an actor leads to, by the part that is built again: the metric that counts it and what is said.
-FAULTS: dict[Part, str] = {"team": "restarts", "trainer": "trainer_restarts", "buffer": "buffer_restarts"}
-CONSEQUENCES: dict[Part, str] = {
-    "team": "The team is built again; nothing that was stored is generated again",
-    "trainer": "The trainer alone is built again; steps since its checkpoint are trained again from the buffer",
-    "buffer": "Another buffer actor opens the same file, and the call is made again",
 }
 
 
@@ -76,34 +70,6 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-class Restarts:
-    """How often a part of the team, or all of it, was built again because an actor died. `limit` bounds those in a row
-    without a new step."""
-
-    def __init__(self, limit: int, note: Callable[[str], None]) -> None:
-        self._total: dict[Part, int] = dict.fromkeys(CONSEQUENCES, 0)
-        self._note, self._limit, self._in_a_row, self._furthest = note, limit, 0, -1
-
-    def read(self) -> dict[str, float]:
-        """faults/* of the parts."""
-        return {f"faults/{name}": self._total[part] for part, name in FAULTS.items()}
-
-    def step_done(self, step: int) -> None:
-        """A step that was done before and is replayed is no progress."""
-        if step > self._furthest:
-            self._furthest, self._in_a_row = step, 0
-
-    def count(self, part: Part, died: ActorDied) -> None:
-        """Says what follows. Raises RunFailed when there were too many."""
-        self._total[part] += 1
-        self._in_a_row += 1
-        if self._in_a_row > self._limit:
-            raise RunFailed(
-                f"an actor died {self._in_a_row} times in a row without a new step; the last: {died}"
-            ) from died
-        self._note(f"{died}. {CONSEQUENCES[part]}")
-
-
 class Record:
     """The chronicle of a run in its directory: steps, evaluations, checkpoints."""
 
@@ -125,6 +91,7 @@ class Record:
         self._heldout, self._observer, self._restarts = prompts.heldout_prompts(), observer, restarts
         self._evaluations = run_dir / EVALUATIONS_FILE
         self._saved_at: int | None = None
+        self._samples_itself = not isinstance(prompts, RecordedSet)
 
     def step_at(self, step: int, phase: str) -> None:
         self._watchdog.enter(f"step {step + 1}: {PHASES.get(phase, phase)}")
@@ -143,7 +110,7 @@ class Record:
     def _watch_mismatch(self, step: int, gap: float) -> None:
         """Says so when trainer and rollout engine disagree, and ends the run where the run file asks for that."""
         generation = self._config.generation
-        if generation is None:
+        if generation is None or not self._samples_itself:
             return
         alarm = generation.mismatch_alarm or MISMATCH_ALARM[generation.dtype or self._config.learner.dtype]
         found = f"step {step}: trainer and rollout engine differ by {gap:.3g} nats a token on average"
@@ -207,22 +174,36 @@ def run(
     on from the last checkpoint, and trains the steps since then from the buffer. Raises what the parts raise
     (rlhf.errors).
     """
-    stop, restarts = StopRequest(), Restarts(config.loop.max_restarts, observer.note)
-    watchdog = Watchdog(run_dir, config.loop.wait_timeout_s, observer.note)
-    archive = _archive(cluster, run_dir.absolute(), observer)
-    job = _Job(config, cluster, run_dir.absolute(), prompts, in_process, observer, stop, restarts, watchdog, archive)
-    with stop.listening(), watchdog:
+    return _run(_Job(config, cluster, run_dir.absolute(), prompts, in_process, observer, None))
+
+
+def generate(
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: Prompts,
+    steps: int,
+    *,
+    in_process: bool,
+    observer: Observer,
+) -> Outcome:
+    """Samples and judges so many steps ahead with the policy as it is, and trains nothing: `run` goes on with them."""
+    return _run(_Job(config, cluster, run_dir.absolute(), prompts, in_process, observer, steps))
+
+
+def _run(job: "_Job") -> Outcome:
+    with job.stop.listening(), job.watchdog:
         while True:
             try:
                 return _attempt(job)
             except ActorDied as died:
-                if stop():
+                if job.stop():
                     return "interrupted"
-                restarts.count("team", died)
+                job.restarts.count("team", died)
             except DamagedExperience as damaged:
-                if archive is None:
+                if job.archive is None:
                     raise
-                raise DamagedExperience(f"{damaged}. Next: {archive.remedy}") from damaged
+                raise DamagedExperience(f"{damaged}. Next: {job.archive.remedy}") from damaged
 
 
 def gather(order: Order, stop: StopRequest, *, in_process: bool) -> None:
@@ -234,20 +215,25 @@ def gather(order: Order, stop: StopRequest, *, in_process: bool) -> None:
             source.take(step)
 
 
-@dataclass(frozen=True, slots=True)
 class _Job:
-    """What all attempts at one run have in common."""
+    """What all attempts at one run have in common. generate_only, the steps to sample ahead in place of training."""
 
-    config: RunConfig
-    cluster: Cluster
-    run_dir: Path
-    prompts: Prompts
-    in_process: bool
-    observer: Observer
-    stop: StopRequest
-    restarts: Restarts
-    watchdog: Watchdog
-    archive: Archive | None
+    def __init__(
+        self,
+        config: RunConfig,
+        cluster: Cluster,
+        run_dir: Path,
+        prompts: Prompts,
+        in_process: bool,
+        observer: Observer,
+        generate_only: int | None,
+    ) -> None:
+        self.config, self.cluster, self.run_dir, self.prompts = config, cluster, run_dir, prompts
+        self.in_process, self.observer, self.generate_only = in_process, observer, generate_only
+        self.stop = StopRequest()
+        self.restarts = Restarts(config.loop.max_restarts, observer.note)
+        self.watchdog = Watchdog(run_dir, config.loop.wait_timeout_s, observer.note)
+        self.archive = _archive(cluster, run_dir, observer)
 
 
 def _attempt(job: _Job) -> Outcome:
@@ -259,8 +245,9 @@ def _attempt(job: _Job) -> Outcome:
         if job.archive is not None:
             job.archive.finish()
         return "done"
+    blueprint = draw(config)
     order = Order(
-        draw(config),
+        without_rollouts(blueprint) if isinstance(job.prompts, RecordedSet) else blueprint,
         job.cluster,
         run_dir,
         job.prompts,
@@ -276,6 +263,8 @@ def _attempt(job: _Job) -> Outcome:
         job.stop.setting_up = False
         job.watchdog.follows(lambda: source.last_progress)
         try:
+            if job.generate_only is not None:
+                return _generate(job, team, source, job.generate_only)
             updates = _train(job, team, source, start)
         except Interrupted:
             updates = team.learner.version
@@ -285,6 +274,17 @@ def _attempt(job: _Job) -> Outcome:
     if job.archive is not None:
         job.archive.finish()
     return "done" if updates == config.loop.num_steps else "interrupted"
+
+
+def _generate(job: _Job, team: Team, source: PolicySource, steps: int) -> Outcome:
+    """Samples and judges so many steps ahead under the policy as it is; trains nothing. They are the next run's."""
+    job.watchdog.enter(f"sampling {steps} steps ahead, training none")
+    source.sync(team.learner.publish())
+    count = source.fill(steps)
+    job.observer.note(f"{count} groups are stored and judged, for the steps from {team.learner.version} on")
+    if job.archive is not None:
+        job.archive.finish()
+    return "done"
 
 
 def _train(job: _Job, team: Team, source: PolicySource, start: "Start") -> int:
@@ -324,7 +324,7 @@ def _archive(cluster: Cluster, run_dir: Path, observer: Observer) -> Archive | N
     place = cluster.storage
     if place.address is None:
         return None
-    logs = (CONFIG_FILE, METRICS_FILE, EVALUATIONS_FILE)
+    logs = (CONFIG_FILE, METRICS_FILE, EVALUATIONS_FILE, SCALES_FILE)
     return Archive(Storage(place.address), run_dir, place.buffer_every, logs, observer.note)
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "show what a data set holds, split it by prompt, or make preference pairs",
     "submit": "ship a run to the job server of a cluster and follow it",
     "chat": "talk to a model or to the policy of a run",
+    "plan": "placement, batches, memory and time of a run, without starting it",
     "doctor": "check the installation and this machine",
 }
 

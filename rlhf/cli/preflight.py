@@ -6,6 +6,7 @@ tokenizer, so the model is fetched or built first. Both raise BadInput."""
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf.cluster import Cluster
@@ -22,6 +23,7 @@ from rlhf.models.score_head import check_reward_model
 from rlhf.storage import Storage
 
 if TYPE_CHECKING:
+    from rlhf.data.recorded import RecordedSet
     from rlhf.team import Prompts
 
 CRITIC_INIT = "algorithm.critic.init"
@@ -31,9 +33,16 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
     _check_kernels(config, cluster)
-    _check_cluster(config, cluster)
     if cluster.storage.address is not None:
         Storage(cluster.storage.address)  # refuses what it cannot open
+    check_model(config.model.name)
+    check_settings(config, cluster)
+
+
+def check_settings(config: RunConfig, cluster: Cluster) -> None:
+    """The part that any machine can check, whatever is installed on it: cluster file against run file, the rows'
+    columns, reward function or model, the settings against the kind of model. Reads config.json of the model."""
+    _check_cluster(config, cluster)
     records = load_rows(config.data)
     if config.records == "prompts":
         for record in records:
@@ -46,9 +55,52 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
         check_reward(config.reward)
     if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
         check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=False)
+    if is_encoder_decoder(config.model.name):
+        _check_encoder_decoder(config)
+
+
+def check_train_only(config: RunConfig, cluster: Cluster, record: "RecordedSet", sampled_by: RunConfig) -> None:
+    """What is left to check where another run has sampled and judged: neither data nor reward nor engine is needed."""
+    from rlhf.blueprint import draw  # loads torch
+    from rlhf.models.load import load_tokenizer
+
+    place = "--train-only"
+    if config.records != "prompts" or config.mix is not None:
+        what = "mix" if config.mix is not None else f"algorithm.name={config.algorithm.name}"
+        raise BadInput(
+            f"{place}: {what} reads rows of data, and no record has them; expected an algorithm that samples"
+        )
+    _check_installed("learner.engine", config.learner.engine)
+    _check_kernels(config, cluster)
+    _check_cluster(config, cluster)
+    if cluster.storage.address is not None:
+        Storage(cluster.storage.address)
     check_model(config.model.name)
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
+    record.check(config, draw(config).judged)
+    scorers = _scorers(config)
+    _check_models(config, {key: name for key, name in scorers.items() if key == CRITIC_INIT})
+    names, trusted = (config.model.name, sampled_by.model.name), config.model.trust_remote_code
+    if names[0] != names[1]:
+        ours, theirs = (load_tokenizer(name, trust_remote_code=trusted).get_vocab() for name in names)
+        if ours != theirs:
+            raise BadInput(
+                f"{place}: it was sampled with {names[1]}, whose tokenizer is not that of model.name={names[0]}; "
+                "expected a model with the same tokens"
+            )
+
+
+def check_generate_only(config: RunConfig, steps: int) -> None:
+    """Whether samples of so many steps ahead could all be trained on."""
+    place, allowed = f"--generate-only {steps}", min(config.loop.max_staleness + 1, config.loop.num_steps)
+    if config.records != "prompts":
+        raise BadInput(f"{place}: algorithm.name={config.algorithm.name} learns from data and samples nothing")
+    if not 1 <= steps <= allowed:
+        raise BadInput(
+            f"{place}: loop.max_staleness={config.loop.max_staleness} and loop.num_steps={config.loop.num_steps} let "
+            f"one policy sample for {allowed} steps; expected 1 to {allowed}, or a higher loop.max_staleness"
+        )
 
 
 def check_reward(reward: RewardConfig) -> None:
@@ -72,13 +124,7 @@ def check_reward(reward: RewardConfig) -> None:
 def check_prompts(config: RunConfig) -> "Prompts":
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts, or
     the preferences or demonstrations."""
-    for key, source in config.reward.sources().items() if config.reward is not None else ():
-        if source.model is not None:
-            check_reward_model(source.model, f"{key}.model", fetch=True)
-        if source.ranker is not None:
-            check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=True)
-    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
-        check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=True)
+    _check_models(config, _scorers(config))
     if config.mix is not None:
         from rlhf.data.mixed import MixedSet
 
@@ -93,16 +139,41 @@ def check_prompts(config: RunConfig) -> "Prompts":
     return prompts
 
 
+def _check_models(config: RunConfig, scorers: Mapping[str, str]) -> None:
+    """Fetches the models of a run; the code that they may bring, and their scalar heads."""
+    from rlhf.models.own_code import check_own_code
+
+    for key, name in scorers.items():
+        check_reward_model(name, key, fetch=True)
+    for key, name in {"model.name": config.model.name, **scorers}.items():
+        check_own_code(name, key, trust_remote_code=config.model.trust_remote_code)
+
+
+def _scorers(config: RunConfig) -> dict[str, str]:
+    """The models with a scalar head that the run reads, by their keys."""
+    found = {}
+    for key, source in config.reward.sources().items() if config.reward is not None else ():
+        if source.model is not None:
+            found[f"{key}.model"] = source.model
+        if source.ranker is not None:
+            found[f"{key}.ranker.model"] = source.ranker.model
+    if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
+        found[CRITIC_INIT] = config.algorithm.critic.init
+    return found
+
+
 def _check_engines(config: RunConfig) -> None:
     engines: dict[str, str] = {"learner.engine": config.learner.engine}
     if config.generation is not None:
         engines["generation.engine"] = config.generation.engine
     for key, engine in engines.items():
-        if importlib.util.find_spec(engine) is None:
-            other = "transformers" if engine == "vllm" else "torch"
-            raise BadInput(
-                f"{key}={engine}: the package {engine} is not installed. Next: make install, or {key}={other}"
-            )
+        _check_installed(key, engine)
+
+
+def _check_installed(key: str, engine: str) -> None:
+    if importlib.util.find_spec(engine) is None:
+        other = "transformers" if engine == "vllm" else "torch"
+        raise BadInput(f"{key}={engine}: the package {engine} is not installed. Next: make install, or {key}={other}")
 
 
 def _check_kernels(config: RunConfig, cluster: Cluster) -> None:
@@ -149,10 +220,18 @@ def _check_encoder_decoder(config: RunConfig) -> None:
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
-    if config.learner.engine == "torch" and cluster.trainer.replicas > 1:
+    has_critic = isinstance(config.algorithm, PpoConfig)
+    trained = {"trainer": cluster.trainer, **({"critic": cluster.critic} if has_critic else {})}
+    for name, role in trained.items():
+        if config.learner.engine == "torch" and role.replicas > 1:
+            raise BadInput(
+                f"cluster file: {name}.replicas={role.replicas}, but learner.engine=torch trains in one process; "
+                "expected 1, or learner.engine=deepspeed"
+            )
+    if has_critic and cluster.trainer.gpus and not cluster.critic.gpus:
         raise BadInput(
-            f"cluster file: trainer.replicas={cluster.trainer.replicas}, but learner.engine=torch trains in one "
-            "process; expected 1, or learner.engine=deepspeed"
+            f"cluster file: critic.gpus=0 while trainer.gpus={cluster.trainer.gpus:g}: the critic, a model as large as "
+            "the policy, would be trained on CPUs. Expected a section critic with GPUs"
         )
 
 

@@ -100,11 +100,11 @@ def _learner(run_dir: Path, config: RunConfig, cluster: Cluster, step: int) -> t
     import torch
 
     from rlhf.blueprint import draw
-    from rlhf.learner.learner import PolicyLearner
+    from rlhf.learner.paired import PairedLearner
     from rlhf.local import LocalLearner
 
     torch.set_num_threads(cluster.threads_of(cluster.trainer))
-    rank = PolicyLearner(config, draw(config).algorithm, 0, 1, None)
+    rank = PairedLearner(config, draw(config).algorithm, 0, 1, None)
     rank.setup()
     learner = LocalLearner(rank)
     early = [folder for folder in checkpoint.folders(run_dir) if checkpoint.updates_of(folder.name) <= step]

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rlhf.buffer.schema import FILE_NAME
 from rlhf.chaos.points import point
 from rlhf.chaos.start import check_chaos, faults_on_purpose
 from rlhf.cli.before_after import before_and_after
+from rlhf.cli.debugger import post_mortem
 from rlhf.cli.disk import names_a_full_disk
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
-from rlhf.cli.preflight import check_cheaply, check_prompts
+from rlhf.cli.preflight import check_cheaply, check_generate_only, check_prompts, check_train_only
 from rlhf.cli.progress import RichProgress
-from rlhf.cli.run_directory import check_directory, held, settle
+from rlhf.cli.run_directory import check_directory, held, read_config, settle
 from rlhf.cluster import Cluster, this_machine
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
@@ -26,6 +28,7 @@ from rlhf.storage import BUFFER, Storage, restore
 from rlhf.ui.report import write_data, write_report
 
 if TYPE_CHECKING:
+    from rlhf.data.recorded import RecordedSet
     from rlhf.team import Prompts
 
 
@@ -39,41 +42,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fresh", action="store_true", help="move an old run out of the way instead of going on with it"
     )
     parser.add_argument(
+        "--pdb", action="store_true", help="with --in-process: a debugger where an error was raised (post-mortem)"
+    )
+    parser.add_argument(
+        "--generate-only", type=int, metavar="STEPS", help="sample and judge so many steps ahead, and train nothing"
+    )
+    parser.add_argument(
+        "--train-only",
+        type=Path,
+        metavar="RUN_DIR",
+        help="train on what that run sampled and judged; no engine, no judge",
+    )
+    parser.add_argument(
         "--chaos", type=Path, metavar="FILE", help="faults on purpose (YAML): kills, stops, a full disk, ...; for tests"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.pdb:
+        return _run(arguments)
+    if not arguments.in_process:
+        raise BadInput("--pdb: a debugger sees this process only, and actors are others; expected --in-process with it")
+    with post_mortem():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = load_run(arguments.config, arguments.overrides)
     cluster = _cluster(arguments.cluster)
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
     if not arguments.in_process:
         check_actors_is_ours()
     check_directory(run_dir, config, fresh=arguments.fresh)
-    check_cheaply(config, cluster)
+    record = _checked_sides(arguments, config, cluster)
     chaos = None
     if arguments.chaos is not None:
         chaos = check_chaos(arguments.chaos, run_dir, fresh=arguments.fresh, in_process=arguments.in_process)
-    prompts = check_prompts(config)
+    prompts = check_prompts(config) if record is None else record
     with names_a_full_disk(run_dir):
         told = _from_storage(config, cluster, run_dir, fresh=arguments.fresh)
         settle(run_dir, config, cluster, fresh=arguments.fresh)
         # Twice: at the end of a block of faults on purpose the disk is made free again.
         with held(run_dir), faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
             point("start: directory settled")
-            return _in_its_directory(config, cluster, run_dir, prompts, arguments.in_process, told)
+            return _in_its_directory(config, cluster, run_dir, prompts, arguments, told)
+
+
+def _checked_sides(arguments: argparse.Namespace, config: RunConfig, cluster: Cluster) -> "RecordedSet | None":
+    """Refuses bad input of both sides of a run, or of the one that is not frozen; the record to train on, where one is
+    named."""
+    generate_only, train_only = arguments.generate_only, arguments.train_only
+    if generate_only is not None and train_only is not None:
+        raise BadInput("--generate-only and --train-only: nothing would be left to do; expected one of them")
+    if train_only is None:
+        check_cheaply(config, cluster)
+        if generate_only is not None:
+            check_generate_only(config, generate_only)
+        return None
+    from rlhf.data.recorded import RecordedSet
+
+    sampled_by = read_config(train_only)
+    if not (train_only / FILE_NAME).is_file():
+        raise BadInput(f"--train-only {train_only}: has no {FILE_NAME}; expected a run that has sampled something")
+    record = RecordedSet(train_only)
+    check_train_only(config, cluster, record, sampled_by)
+    return record
 
 
 def _in_its_directory(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: "Prompts", in_process: bool, told: list[str]
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: "Prompts",
+    arguments: argparse.Namespace,
+    told: list[str],
 ) -> int:
     """The run, in a directory that is ours alone; returns the exit code."""
-    console: Observer = RichProgress(Console()) if console_is_terminal() else PlainLines(sys.stdout)
+    # A bar that is drawn again and again and the prompt of a debugger do not go together.
+    draws = console_is_terminal() and not arguments.in_process
+    console: Observer = RichProgress(Console()) if draws else PlainLines(sys.stdout)
     observer = default_observer(run_dir, console)
     write_data(run_dir, prompts.describe(), prompts.dropped)
     for line in [*told, prompts.describe()]:
         observer.note(line)
-    outcome = _train(config, cluster, run_dir, prompts, in_process, observer)
+    outcome = _train(config, cluster, run_dir, prompts, arguments, observer)
     if outcome == "interrupted":
         return INTERRUPTED
     print(before_and_after(run_dir))
@@ -101,14 +153,23 @@ def _from_storage(config: RunConfig, cluster: Cluster, run_dir: Path, *, fresh: 
 
 
 def _train(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: "Prompts", in_process: bool, observer: Observer
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: "Prompts",
+    arguments: argparse.Namespace,
+    observer: Observer,
 ) -> Outcome:
     """The run, and then its report, whatever became of it; errors rise."""
     from rlhf.cli import launch
 
     outcome: Outcome = "failed"
     try:
-        outcome = launch.run(config, cluster, run_dir, prompts, in_process=in_process, observer=observer)
+        job, in_process, steps = (config, cluster, run_dir, prompts), arguments.in_process, arguments.generate_only
+        if steps is None:
+            outcome = launch.run(*job, in_process=in_process, observer=observer)
+        else:
+            outcome = launch.generate(*job, steps, in_process=in_process, observer=observer)
     except KeyboardInterrupt:  # while the team was set up, or a second Ctrl-C
         outcome = "interrupted"
     finally:

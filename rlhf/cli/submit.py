@@ -2,7 +2,8 @@
 
 What travels is a folder with the run file, the cluster file, the local files that the run file names, and this very
 version of `rlhf` and `actors`; the libraries must be installed on the cluster. The run itself stays in its run
-directory there, so that submitting it again goes on with it.
+directory there, so that submitting it again goes on with it. The driver asks for the custom resources of the buffer, as
+driver and buffer share a file that two nodes cannot share; without any it is on the head.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import yaml
 from rlhf.cli.exit_codes import DONE, FAILED, INTERRUPTED
 from rlhf.cluster import Cluster
 from rlhf.config_file import dump, load_cluster, load_run
+from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -54,33 +56,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ship-nothing", action="store_true", help="paths in the run file are those of the cluster; no data is copied"
     )
     parser.add_argument("--detach", action="store_true", help="do not follow the run")
+    parser.add_argument(
+        "--pack", type=Path, metavar="DIR", help="write what would be shipped into a new folder, and submit nothing"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    refuse_credentials(arguments.address, "--address")
     config = load_run(arguments.config, arguments.overrides)
     cluster = load_cluster(arguments.cluster, [])
     _check(arguments.run_dir, cluster)
+    settings = yaml.safe_load(dump(config))
+    if arguments.pack is not None:
+        _pack(settings, cluster, arguments)
+        return DONE
     client = _client(arguments.address)
     job = _running(client, arguments.run_dir)
     if job is None:
-        settings = yaml.safe_load(dump(config))
         with packed(settings, cluster, ship=not arguments.ship_nothing) as folder:
-            words = ["python", "-m", "rlhf.cli.main", "run", "run.yaml", "--cluster", "cluster.yaml"]
-            entrypoint = shlex.join([*words, "--run-dir", arguments.run_dir])
             job = _ask(
                 lambda: client.submit_job(
-                    entrypoint=entrypoint,
+                    entrypoint=_entrypoint(arguments.run_dir),
                     runtime_env={"working_dir": str(folder)},
                     metadata={RUN_DIR_KEY: arguments.run_dir},
+                    entrypoint_resources=dict(cluster.buffer.resources) or None,
                 )
             )
-        print(f"{job}: {arguments.config.name} in {arguments.run_dir}. By hand, in a folder with the same files:")
-        print(f"  ray job submit --address {arguments.address} --working-dir . -- {entrypoint}", flush=True)
+        print(
+            f"{job}: {arguments.config.name} in {arguments.run_dir}. By hand, with a folder that --pack FOLDER writes:"
+        )
+        print(f"  {_by_hand(arguments, cluster, 'FOLDER')}", flush=True)
     else:
         print(f"{job} is at {arguments.run_dir} already: following it", flush=True)
     if arguments.detach:
         return DONE
     return _follow(client, job, arguments.address)
+
+
+def _pack(settings: dict[str, Any], cluster: Cluster, arguments: argparse.Namespace) -> None:
+    to: Path = arguments.pack
+    if to.exists():
+        raise BadInput(f"--pack {to}: exists already; expected a new folder")
+    with packed(settings, cluster, ship=not arguments.ship_nothing) as folder:
+        shutil.copytree(folder, to)
+    print(f"{to} holds what a job needs. To submit it:\n  {_by_hand(arguments, cluster, str(to))}")
+
+
+def _entrypoint(run_dir: str) -> str:
+    words = ["python", "-m", "rlhf.cli.main", "run", "run.yaml", "--cluster", "cluster.yaml", "--run-dir", run_dir]
+    return shlex.join(words)
+
+
+def _by_hand(arguments: argparse.Namespace, cluster: Cluster, folder: str) -> str:
+    """The same submission without `rlhf`; its metadata is how a second one finds the first."""
+    metadata = json.dumps({RUN_DIR_KEY: arguments.run_dir})
+    words = ["ray", "job", "submit", "--address", arguments.address, "--working-dir", folder]
+    words += ["--metadata-json", metadata]
+    if beside := dict(cluster.buffer.resources):
+        words += ["--entrypoint-resources", json.dumps(beside)]
+    return f"{shlex.join(words)} -- {_entrypoint(arguments.run_dir)}"
 
 
 def _check(run_dir: str, cluster: Cluster) -> None:

@@ -31,6 +31,7 @@ def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
         cache_gib=generation.cache_gib,
         gpu_memory_fraction=generation.gpu_memory_fraction,
         probe_tolerance=generation.probe_tolerance or PROBE_TOLERANCE[dtype],
+        mid_sequence=generation.weights_mid_sequence,
     )
 
 

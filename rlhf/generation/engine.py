@@ -34,7 +34,7 @@ class EngineSpec:
     """One engine in plain values. `model` is a local Hugging Face folder; sequences are in tokens, cache in GiB.
 
     `probe_tolerance` is the largest log-prob difference at the weight probe, in nats. `max_sequence_tokens` bounds a
-    prompt with its completion.
+    prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight.
     """
 
     name: str
@@ -48,16 +48,19 @@ class EngineSpec:
     cache_gib: float
     gpu_memory_fraction: float
     probe_tolerance: float
+    mid_sequence: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One finished completion as an engine hands it over: token_ids (T,), EOS included, and logprobs (T,)."""
+    """One finished completion as an engine hands it over: token_ids (T,), EOS included, logprobs (T,), and the version
+    of the weights that each token was sampled with (T,)."""
 
     index: int
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     seed: int
+    versions: Sequence[int]
 
 
 StepwiseGroups = GeneratorType[Group | None, None, None]
@@ -67,7 +70,9 @@ class VersionedGenerator(ABC):
     """The part of an engine that is the same for all: versions, checks, seeds, samples.
 
     A fresh engine, or one whose last update failed, holds no version and refuses to sample. Not thread safe: one call
-    to `generate` at a time, and no `load` before it is exhausted or closed.
+    to `generate` at a time, and no `load` before it is exhausted or closed, unless the engine is built for that
+    (`EngineSpec.mid_sequence`): then samples in flight keep their KV cache, which old weights have filled, go on under
+    the new ones, and say of each token which version it was sampled with.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -79,6 +84,7 @@ class VersionedGenerator(ABC):
         self._stop_ids: frozenset[int] = frozenset()
         self._tokenizer: Any = None
         self._sampling = False
+        self._taken = -1  # the version that the tensors are of, verified or not: what tokens are stamped with
 
     def setup(self) -> None:
         """Loads tokenizer and model. Raises BadInput for a model folder that cannot be used."""
@@ -102,7 +108,7 @@ class VersionedGenerator(ABC):
         """
         started = time.monotonic()
         name = self._spec.name
-        if self._sampling:
+        if self._sampling and not self._spec.mid_sequence:
             raise RunFailed(
                 f"{name}: weights would change while samples are in flight; exhaust or close generate() first"
             )
@@ -111,6 +117,7 @@ class VersionedGenerator(ABC):
         verify_names(weights, self._shapes, name)
         self._version = self._fingerprint = None
         self._take(weights)
+        self._taken = weights.version
         seen = compare_probe(weights, self._probe(weights.probe.token_ids), self._spec.probe_tolerance, name)
         self._life, self._version, self._fingerprint = weights.life, weights.version, weights.fingerprint
         point("rollout: weights verified")
@@ -140,7 +147,7 @@ class VersionedGenerator(ABC):
         return self._one_call_at_a_time(self._generate(prompts, sampling, samples_per_prompt, purpose))
 
     def _one_call_at_a_time(self, groups: StepwiseGroups) -> StepwiseGroups:
-        """Keeps `load` away until the last group is out: groups are stamped with the version held when they leave."""
+        """Keeps `load` away until the last group is out, where the engine is not built for that."""
         if self._sampling:
             raise RunFailed(
                 f"{self._spec.name}: generate() was called again before the last call was exhausted or closed"
@@ -152,6 +159,8 @@ class VersionedGenerator(ABC):
                     if group is not None:
                         point("rollout: group finished", group.prompt.id)
                     yield group
+                    if self._version is None:
+                        raise RunFailed(f"{self._spec.name}: the last version could not be verified")
         finally:
             self._sampling = False
 
@@ -181,7 +190,7 @@ class VersionedGenerator(ABC):
         return seed_for(self._spec.run_seed, purpose, prompt.id, index)
 
     def _group(self, prompt: Prompt, draws: Sequence[Draw], sampling: Sampling) -> Group:
-        """The group of one prompt, its samples ordered by index and stamped with the verified version."""
+        """The group of one prompt, its samples ordered by index."""
         ordered = sorted(draws, key=lambda draw: draw.index)
         return Group(prompt, tuple(self._sample(draw, sampling) for draw in ordered), "policy")
 
@@ -197,7 +206,7 @@ class VersionedGenerator(ABC):
             text=self._tokenizer.decode(spoken.tolist(), skip_special_tokens=True),
             finish_reason="stop" if stopped else "length",
             behavior_logprobs=np.array(draw.logprobs, dtype=np.float32),
-            versions=np.full(len(ids), self._version, dtype=np.int32),
+            versions=np.array(draw.versions, dtype=np.int32),
             sampling=sampling,
             seed=draw.seed,
             scores={},

@@ -141,10 +141,13 @@ class TransformersGenerator(VersionedGenerator):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         tokens: list[list[int]] = [[] for _ in seeds]
         logprobs: list[list[float]] = [[] for _ in seeds]
+        versions: list[int] = []  # of a position, the same for all samples
         decoding = self._decoding()
         logits = decoding.start(torch.from_numpy(prompt_ids.astype(np.int64)).to(self._device), len(seeds))
         unfinished = set(range(len(seeds)))
+        made_by = self._taken
         for position in range(sampling.max_new_tokens):
+            versions.append(made_by)
             # One number a sample and position, on the CPU: the same draws on every device.
             uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
             chosen, chosen_logprobs = choose(logits, uniform.to(self._device), sampling)
@@ -156,9 +159,11 @@ class TransformersGenerator(VersionedGenerator):
                         unfinished.remove(row)
             if not unfinished or position + 1 == sampling.max_new_tokens:
                 break
-            logits = decoding.advance(chosen)
-            yield
-        return [Draw(row, tokens[row], logprobs[row], seed) for row, seed in enumerate(seeds)]
+            logits, made_by = decoding.advance(chosen), self._taken
+            yield  # new weights may come here; the logits of the next token are those of the old ones
+        return [
+            Draw(row, tokens[row], logprobs[row], seed, versions[: len(tokens[row])]) for row, seed in enumerate(seeds)
+        ]
 
 
 def choose(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ again, and the probe of every load proves that it did.
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +33,7 @@ TOKENS_PER_STEP = 4096  # of prompts that are read in one step of the engine, on
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
+    "GLOO_SOCKET_IFNAME": "lo",  # one process: nobody else is to find its process group
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at a start are a dozen lines that call for nothing
 }
@@ -60,11 +62,14 @@ class VllmGenerator(VersionedGenerator):
                 dtype=spec.dtype,
                 trust_remote_code=spec.trust_remote_code,
                 max_model_len=spec.max_sequence_tokens,
-                max_num_seqs=spec.max_sequences,
+                # One more for the probe, which must find a place beside the samples in flight.
+                max_num_seqs=spec.max_sequences + spec.mid_sequence,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
                 distributed_executor_backend="uni",
                 enforce_eager=self._cpu,
+                # A step ahead of its outputs, it would sample tokens of which nobody could say by which weights.
+                async_scheduling=False if spec.mid_sequence else None,
                 # A prompt that is read in parts makes vLLM wind its sample's generator back, which a CPU's cannot do.
                 enable_chunked_prefill=False if self._cpu else None,
                 max_num_batched_tokens=max(TOKENS_PER_STEP, spec.max_sequence_tokens) if self._cpu else None,
@@ -75,6 +80,9 @@ class VllmGenerator(VersionedGenerator):
             )
         self._engine = self._llm.llm_engine
         self._requests = 0
+        self._salt = ""
+        self._stamps: dict[str, list[int]] = {}  # the version of each token so far, by request
+        self._unread: list[RequestOutput] = []  # what ended while the probe was waited for
 
     def close(self) -> None:
         """Ends the engine and its processes. vLLM takes this process's torch.distributed group down with it."""
@@ -101,7 +109,9 @@ class VllmGenerator(VersionedGenerator):
             refresh_output_heads(runner.get_model())
         else:
             runner.get_model().load_weights(tensors)
-        if not self._engine.reset_prefix_cache():
+        # Blocks of samples in flight cannot be dropped: a new salt keeps later requests from reading them.
+        self._salt = f"{weights.life}/{weights.version}"
+        if not self._sampling and not self._engine.reset_prefix_cache():
             raise RunFailed(
                 f"{self._spec.name}: vLLM would not drop its prefix cache, which holds values of the old weights"
             )
@@ -114,8 +124,12 @@ class VllmGenerator(VersionedGenerator):
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
         self._add("probe", token_ids, params)
-        outputs = (output for step in self._engine_steps() for output in step)
-        output = next(output for output in outputs if output.request_id == "probe")
+        ended: list[RequestOutput] = []
+        while not ended:
+            for output in self._step():
+                (ended if output.request_id == "probe" else self._unread).append(output)
+        self._stamps.pop("probe")
+        (output,) = ended
         tables = cast("list[dict[int, Logprob]]", output.prompt_logprobs)
         ids = token_ids.tolist()
         return np.array([tables[i][ids[i]].logprob for i in range(1, len(ids))], dtype=np.float32)
@@ -123,25 +137,29 @@ class VllmGenerator(VersionedGenerator):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
     ) -> StepwiseGroups:
+        asked = deque((prompt, index) for prompt in prompts for index in range(samples_per_prompt))
         waiting: dict[str, tuple[Prompt, int, int]] = {}
         finished: dict[int, list[Draw]] = {prompt.id: [] for prompt in prompts}
         try:
-            for prompt in prompts:
-                for index in range(samples_per_prompt):
+            while asked or waiting:
+                # Not all at once: one that waits inside vLLM would be ahead of the probe of new weights.
+                while asked and len(waiting) < self._spec.max_sequences:
+                    prompt, index = asked.popleft()
                     seed = self._seed(purpose, prompt, index)
                     self._requests += 1
                     request = f"{prompt.id}/{index}/{self._requests}"
                     waiting[request] = (prompt, index, seed)
                     self._add(request, prompt.token_ids, self._params(sampling, seed))
-            for outputs in self._engine_steps():
-                for output in outputs:
+                ended, self._unread = self._unread, []
+                for output in ended or self._step():
                     prompt, index, seed = waiting.pop(output.request_id)
                     draws = finished[prompt.id]
-                    draws.append(read_draw(output, index, seed))
+                    draws.append(read_draw(output, index, seed, self._stamps.pop(output.request_id)))
                     if len(draws) == samples_per_prompt:
                         yield self._group(prompt, draws, sampling)
                 yield None
         finally:
+            self._unread, self._stamps = [], {}
             if waiting:
                 self._engine.abort_request(list(waiting))
 
@@ -162,18 +180,23 @@ class VllmGenerator(VersionedGenerator):
     def _add(self, request: str, token_ids: Ids, params: "SamplingParams") -> None:
         from vllm.inputs.engine import tokens_input
 
-        self._engine.add_request(request, tokens_input(token_ids.tolist()), params)
+        self._stamps[request] = []
+        self._engine.add_request(request, tokens_input(token_ids.tolist(), cache_salt=self._salt), params)
 
-    def _engine_steps(self) -> Iterator[list["RequestOutput"]]:
-        """Steps the engine until nothing is in flight; yields the final outputs of the requests that a step ended."""
-        while self._engine.has_unfinished_requests():
-            # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
-            with torch.compiler.set_stance("force_eager" if self._cpu else "default"):
-                outputs = self._engine.step()
-            yield cast("list[RequestOutput]", [output for output in outputs if output.finished])
+    def _step(self) -> list["RequestOutput"]:
+        """One step of the engine; the final outputs of those that it ended. Raises RunFailed if there is no request."""
+        if not self._engine.has_unfinished_requests():
+            raise RunFailed(f"{self._spec.name}: vLLM has lost the requests {sorted(self._stamps)[:4]}")
+        # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
+        with torch.compiler.set_stance("force_eager" if self._cpu else "default"):
+            outputs = cast("list[RequestOutput]", self._engine.step())
+        for output in outputs:
+            stamps = self._stamps[output.request_id]
+            stamps += [self._taken] * (len(output.outputs[0].token_ids) - len(stamps))
+        return [output for output in outputs if output.finished]
 
 
-def read_draw(output: "RequestOutput", index: int, seed: int) -> Draw:
+def read_draw(output: "RequestOutput", index: int, seed: int, versions: Sequence[int]) -> Draw:
     """The completion of a finished request with the log-probability of each sampled token.
 
     vLLM's table of a position holds the sampled token and possibly others; it is read by the sampled id, never by
@@ -183,7 +206,7 @@ def read_draw(output: "RequestOutput", index: int, seed: int) -> Draw:
     ids = list(completion.token_ids)
     tables = cast("list[dict[int, Logprob]]", completion.logprobs)
     logprobs = [table[token].logprob for token, table in zip(ids, tables, strict=True)]
-    return Draw(index, ids, logprobs, seed)
+    return Draw(index, ids, logprobs, seed, versions)
 
 
 def refresh_output_heads(model: torch.nn.Module) -> None:

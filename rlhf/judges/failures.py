@@ -73,7 +73,8 @@ class JudgeFailures:
             )
         else:
             return
-        raise JudgeFailed(f"{rule}; they stay in the buffer and are judged when the run goes on. The last:\n{error}")
+        message = f"{rule}; they stay in the buffer and are judged when the run goes on. The last:\n{error}"
+        raise JudgeFailed(message) from error
 
     def measured(self) -> Metrics:
         """How many groups were dropped since the last call."""

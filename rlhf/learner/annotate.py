@@ -1,12 +1,12 @@
 """Columns that only the learner can fill, computed in passes without gradient: groups in, one array a sample out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from rlhf.config import LearnerConfig
-from rlhf.experience import Floats, Group, Mask, Row
+from rlhf.experience import Columns, Floats, Group, Mask, Row
 from rlhf.learner.collate import collate
 from rlhf.learner.engine import Engine
 from rlhf.learner.mismatch import mismatch
@@ -42,6 +42,13 @@ class Share:
                     filled[row.unit] = answers[i, : len(row.completion_ids)].astype(np.float32)
         return {n: [filled[self._first[n] + i] for i in range(len(self._groups[n].samples))] for n in self.numbers}
 
+    def columns(self, filled: Mapping[str, dict[int, list[Floats]]]) -> list[Columns]:
+        """What was read, by column name, as the columns of each group of this rank."""
+        return [
+            Columns(self._groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
+            for number in self.numbers
+        ]
+
     def mismatch(self, logprobs: dict[int, list[Floats]], version: int) -> Metrics:
         """Learner against sampler at the trained tokens that the learner's current version sampled."""
         parts = []
@@ -72,10 +79,13 @@ def unit_of(group: Group, first: int) -> Unit:
 
 
 def fresh_masks(group: Group, version: int) -> list[Mask]:
-    """For each sample (T,) bool, true at trained tokens that this version sampled."""
+    """For each sample (T,) bool, true at trained tokens if this version sampled all of it.
+
+    Where the weights changed on the way, later tokens were sampled on a cache that older weights filled: they differ
+    from the learner's for a good reason, too."""
     masks = []
     for sample in group.samples:
-        current = np.zeros(len(sample.token_ids), np.bool_) if sample.versions is None else sample.versions == version
+        current = sample.versions is not None and bool((sample.versions == version).all())
         masks.append(sample.loss_mask & current)
     return masks
 

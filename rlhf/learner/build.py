@@ -42,22 +42,13 @@ def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: s
     rank 0, None with one rank."""
     scores = isinstance(config.algorithm, RewardModelConfig | PairwiseRankerConfig)
     policy: TrainedModel = build_scorer(config) if scores else build_policy(config)
-    if config.learner.engine == "torch":
-        if world_size != 1:
-            raise BadInput(
-                f"learner.engine=torch runs in one process, the cluster file has trainer.replicas={world_size}; "
-                f"use learner.engine=deepspeed or one replica"
-            )
-        return TorchEngine(policy, config.learner, _device())
-    from rlhf.learner.deepspeed_engine import DeepSpeedEngine, join
-
-    join(rank, world_size, meeting_point)
-    return DeepSpeedEngine(policy, config.learner, world_size, leaves_group=True)
+    return _engine(policy, config.learner, "trainer", rank, world_size, meeting_point)
 
 
-def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: int) -> Engine:
-    """The critic's engine of this rank, after the policy's: trained whole, with these settings in place of the learner
-    section."""
+def build_critic_engine(
+    config: RunConfig, settings: LearnerConfig, rank: int, world_size: int, meeting_point: str | None
+) -> Engine:
+    """The same for a critic, which is trained whole, with these settings in place of the learner section."""
     if not isinstance(config.algorithm, PpoConfig):
         raise TypeError(f"algorithm.name={config.algorithm.name} has no critic")
     init = config.algorithm.critic.init
@@ -66,12 +57,24 @@ def build_critic_engine(config: RunConfig, settings: LearnerConfig, world_size: 
     else:
         model = _reward_model_as_critic(config, init, settings.dtype)
     _save_memory(model, config)
-    critic = ScoreModel(model, "predictor")
-    if settings.engine == "torch":
-        return TorchEngine(critic, settings, _device())
-    from rlhf.learner.deepspeed_engine import DeepSpeedEngine
+    return _engine(ScoreModel(model, "predictor"), settings, "critic", rank, world_size, meeting_point)
 
-    return DeepSpeedEngine(critic, settings, world_size, leaves_group=False)
+
+def _engine(
+    model: TrainedModel, settings: LearnerConfig, role: str, rank: int, world_size: int, meeting_point: str | None
+) -> Engine:
+    """role, as the cluster file calls it."""
+    if settings.engine == "torch":
+        if world_size != 1:
+            raise BadInput(
+                f"learner.engine=torch runs in one process, the cluster file has {role}.replicas={world_size}; "
+                f"use learner.engine=deepspeed or one replica"
+            )
+        return TorchEngine(model, settings, _device())
+    from rlhf.learner.deepspeed_engine import DeepSpeedEngine, join
+
+    leaves_group = join(rank, world_size, meeting_point)
+    return DeepSpeedEngine(model, settings, world_size, leaves_group=leaves_group)
 
 
 def _reward_model_as_critic(config: RunConfig, init: str, dtype: Dtype) -> PreTrainedModel:

@@ -4,12 +4,14 @@ Loads DeepSpeed, so import it only where it is used. AdamW is torch's: nothing i
 """
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 class DeepSpeedEngine:
-    """AdamW over the ranks of the process group that `join` set up, which a policy and its critic share.
+    """AdamW over the ranks of a process group, see `join`; a policy and a critic in one process share it.
 
     ZeRO 1 shards optimizer states, 2 gradients too, 3 parameters too. bfloat16 keeps float32 masters. Gradients are
     accumulated in float32, but for ZeRO 0 in bfloat16, where DeepSpeed can only do it in bfloat16.
@@ -130,7 +132,7 @@ class DeepSpeedEngine:
             self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
     def close(self) -> None:
-        """Where `leaves_group`, which must be the last to close, leaves the process group."""
+        """Where `leaves_group`, leaves the process group; whoever shares it must have closed before."""
         if dist.is_initialized():  # vLLM in the same process ends the group for all when it is closed
             self._engine.destroy()
             if self._leaves_group:
@@ -221,20 +223,47 @@ class DeepSpeedEngine:
         return Step(norm, applied)
 
 
-def join(rank: int, world_size: int, meeting_point: str | None) -> None:
-    """Joins the process group of the ranks; one rank needs no network. meeting_point is host:port of rank 0."""
+def join(rank: int, world_size: int, meeting_point: str | None) -> bool:
+    """Joins the process group of the ranks; one rank needs no network. meeting_point is host:port of rank 0.
+
+    Nobody listens at more than the address through which rank 0 is reached, unless GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME name another interface. False, and nothing to leave, where the process is that rank of such a
+    group already. Raises RunFailed where it is part of another one."""
+    if dist.is_initialized():
+        found = (dist.get_rank(), dist.get_world_size())
+        if found != (rank, world_size):
+            raise RunFailed(
+                f"this process is rank {found[0]} of {found[1]} of a process group and cannot be rank {rank} of "
+                f"{world_size} of another one: one group of ranks a process"
+            )
+        return False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    if dist.is_initialized():
-        raise RunFailed("this process is already part of a process group: one trainer rank a process")
-    if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(
-            backend, init_method=f"tcp://{meeting_point}", rank=rank, world_size=world_size, timeout=_RENDEZVOUS_TIMEOUT
-        )
+    host, _, port = (meeting_point or "127.0.0.1:0").rpartition(":")
+    interface = _interface_to(host)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, interface)
+    store = dist.HashStore() if world_size == 1 else _meet(host, int(port), rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_RENDEZVOUS_TIMEOUT)
     free_abandoned_locks()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return True
+
+
+def _meet(host: str, port: int, rank: int, world_size: int) -> dist.TCPStore:
+    """Where the ranks find each other. Rank 0 brings the socket: torch's own would listen at all addresses."""
+    socket_of_rank_0 = socket.create_server((host, port)).detach() if rank == 0 else None
+    return dist.TCPStore(
+        host, port, world_size, rank == 0, timeout=_RENDEZVOUS_TIMEOUT, master_listen_fd=socket_of_rank_0
+    )
+
+
+def _interface_to(host: str) -> str:
+    """The network interface through which this machine reaches a host (of IPv4); `lo` where that is itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # chooses the way there, sends nothing
+        own = probe.getsockname()[0]
+    return next(name for name, places in psutil.net_if_addrs().items() if own in {place.address for place in places})
 
 
 def settings(config: LearnerConfig, world_size: int, *, clips_here: bool) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rlhf import metrics
 from rlhf.algorithms import ActorCriticAlgorithm, Algorithm, RunState, ScoreAlgorithm, mix
-from rlhf.blueprint import needs_old_logprobs
 from rlhf.chaos.points import point
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
@@ -24,7 +23,6 @@ from rlhf.experience import (
     BEHAVIOR_LOGPROBS,
     OLD_LOGPROBS,
     REF_LOGPROBS,
-    VALUES,
     Columns,
     Floats,
     Group,
@@ -34,21 +32,19 @@ from rlhf.experience import (
 from rlhf.learner.annotate import Share
 from rlhf.learner.build import build_engine
 from rlhf.learner.collate import Collated, collate
-from rlhf.learner.critic import FOLDER as CRITIC_FOLDER
-from rlhf.learner.critic import Critic
 from rlhf.learner.export import published_tensors, save_adapter, save_policy
 from rlhf.learner.judged import judged
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
 from rlhf.learner.reach import GradientReach
-from rlhf.learner.schedule import learning_rate
+from rlhf.learner.schedule import learning_rate, steps_before
+from rlhf.learner.state import CRITIC_FOLDER, LEARNER_FILE
 from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
 from rlhf.models.policy import PolicyModel, probe_inputs
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
+from rlhf.passes import needs_old_logprobs
 from rlhf.weights import Probe, Weights, pack, probe_ids
-
-STATE_FILE = "learner.json"
 
 
 class _Pass(NamedTuple):
@@ -82,9 +78,10 @@ class _Drawn(NamedTuple):
 
 
 class PolicyLearner:
-    """Trains the policy, and its critic: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
+    """Trains the policy: old log-probs, credit assignment, optimizer steps, publication, checkpoints.
 
-    meeting_point, host:port of rank 0 for world_size > 1. Every public method but `prepare` is collective.
+    It trains no critic (`rlhf/learner/critic.py`). meeting_point, host:port of rank 0 for world_size > 1. Every public
+    method but `prepare` is collective.
     """
 
     def __init__(
@@ -118,15 +115,11 @@ class PolicyLearner:
         self._tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         self._engine = build_engine(config, self._rank, self._world_size, self._meeting_point)
         self._reach = GradientReach(self._engine, updates=1 if config.model.lora is None else 2)
-        self._critic = None
-        if isinstance(self._algorithm, ActorCriticAlgorithm):
-            self._critic = Critic(config, self._algorithm.value_loss, self._rank, self._world_size)
 
     def annotate_share(self, groups: Sequence[Group]) -> list[Columns]:
-        """Columns for this rank's share of the groups: old log-probs, LoRA's reference log-probs, and values, where
-        needed."""
+        """Columns for this rank's share of the groups: old log-probs and LoRA's reference log-probs, where needed."""
         self._measured = {}
-        if not (self._fills_old or self._fills_reference or self._critic is not None):
+        if not (self._fills_old or self._fills_reference):
             return []
         share = Share(groups, self._rank, self._world_size)
         filled: dict[str, dict[int, list[Floats]]] = {}
@@ -136,13 +129,8 @@ class PolicyLearner:
         if self._fills_reference:
             with self._policy.without_adapter():
                 filled[REF_LOGPROBS] = share.read(self._engine, self._config.learner)
-        if self._critic is not None:
-            filled[VALUES] = self._critic.values(share)
         point("annotate: done")
-        return [
-            Columns(groups[number].prompt.id, {}, {name: arrays[number] for name, arrays in filled.items()})
-            for number in share.numbers
-        ]
+        return share.columns(filled)
 
     def prepare(self, groups: Sequence[Group]) -> TrainBatch:
         """The algorithm's credit assignment; what it carries to the next step takes effect with the next `update`."""
@@ -172,11 +160,9 @@ class PolicyLearner:
                 drawn.minibatches(settings.minibatches, self._config.seed, self._version, epoch) for drawn in batches
             ]
             for number in range(max(map(len, cut))):
-                done = (self._version * settings.epochs + epoch) * settings.minibatches + number
+                done = steps_before(settings, self._version, epoch, number)
                 drawn = [own[number] for own in cut if number < len(own)]
                 parts.append(self._optimize(drawn, done))
-                if self._critic is not None and number < len(cut[0]):
-                    parts.append(self._critic.optimize(cut[0][number].units, batch, done))
         self._version += 1
         self._state = self._next_state
         self._measured = {}
@@ -209,17 +195,17 @@ class PolicyLearner:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Writes policy/ (loads with from_pretrained), adapter/ (LoRA) and trainer/ into an existing folder."""
+        """Writes policy/ (loads with from_pretrained), adapter/ (LoRA) and trainer/ into an existing folder.
+
+        trainer/critic/ is the critic's own."""
         save_policy(self._engine, self._tokenizer, folder / "policy", write=self._rank == 0)
         save_adapter(self._engine, folder / "adapter", write=self._rank == 0)
         point("save: policy written")
         trainer = folder / "trainer"
         trainer.mkdir(exist_ok=True)
         self._engine.save(trainer)
-        if self._critic is not None:
-            self._critic.save(trainer)
         if self._rank == 0:
-            (trainer / STATE_FILE).write_text(
+            (trainer / LEARNER_FILE).write_text(
                 json.dumps(
                     {"version": self._version, "run_state": dict(self._state), "saved_by": self._layout}, indent=1
                 )
@@ -232,25 +218,22 @@ class PolicyLearner:
         of another model or algorithm.
         """
         trainer = folder / "trainer"
-        state = json.loads((trainer / STATE_FILE).read_text())
+        state = json.loads((trainer / LEARNER_FILE).read_text())
         carried = self._algorithm.initial_state.keys()
-        if state["run_state"].keys() != carried or (trainer / CRITIC_FOLDER).is_dir() != (self._critic is not None):
+        has_critic = isinstance(self._algorithm, ActorCriticAlgorithm)
+        if state["run_state"].keys() != carried or (trainer / CRITIC_FOLDER).is_dir() != has_critic:
             raise BadInput(
                 f"{trainer} was saved by another algorithm: it carries {sorted(state['run_state'])} from step to step, "
                 f"{self._config.algorithm.name} carries {sorted(carried)} and has "
-                f"{'a' if self._critic is not None else 'no'} critic. Start a new run with "
+                f"{'a' if has_critic else 'no'} critic. Start a new run with "
                 f"model.name={folder / 'policy'}"
             )
         self._engine.load(trainer)
-        if self._critic is not None:
-            self._critic.load(trainer)
         self._version, self._state = state["version"], state["run_state"]
         self._next_state, self._measured = self._state, {}
 
     def close(self) -> None:
         """Leaves the process group and drops gradients."""
-        if self._critic is not None:
-            self._critic.close()
         self._engine.close()
 
     @property

@@ -1,8 +1,16 @@
-"""The learning rate as a function of how many optimizer steps came before: nothing to save, nothing to resume."""
+"""Optimizer steps by number, and the learning rate as a function of how many came before: nothing to save, nothing to
+resume."""
 
 import math
 
 from rlhf.config import LearnerConfig
+
+
+def steps_before(config: LearnerConfig, version: int, epoch: int, minibatch: int) -> int:
+    """The optimizer steps before that of a minibatch, counted from 0, in an epoch of the update after `version` others.
+
+    Those that were skipped count, so that a policy and its critic, which may skip different ones, agree."""
+    return (version * config.epochs + epoch) * config.minibatches + minibatch
 
 
 def learning_rate(config: LearnerConfig, done: int, total: int) -> float:

@@ -6,6 +6,7 @@ The learning rate is a function of the version (`schedule`), and no random gener
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import BadInput
 
+LEARNER_FILE = "learner.json"  # in trainer/: the version, and what the algorithm carries from step to step
+CRITIC_FOLDER = "critic"  # in trainer/: the critic's state, in the same form as the policy's
 INDEX_FILE = "state.json"
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's first and second moment
@@ -84,6 +87,8 @@ def read_states(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[T
             "Go on with the model that was trained, or start a new run"
         )
     for name in expected:
+        if not _SHARD.fullmatch(index[name]["file"]):
+            raise BadInput(f"{path}: {name} is in {index[name]['file']!r}; expected a file beside it: {_shard_name(0)}")
         with safe_open(folder / index[name]["file"], framework="pt") as file:
             weight, first, second = (file.get_tensor(f"{kind}/{name}") for kind in ("weight", *MOMENTS))
         yield TensorState(name, weight, first, second, float(index[name]["step"]))
@@ -127,6 +132,9 @@ def one_step_count(steps: Mapping[str, float], folder: Path) -> float:
             "for all tensors. Go on with learner.engine=torch"
         )
     return steps[most]
+
+
+_SHARD = re.compile(r"state-[0-9]{5}\.safetensors")
 
 
 def _shard_name(number: int) -> str:

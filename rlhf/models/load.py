@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Dtype, LoraConfig, ModelConfig
 from rlhf.errors import BadInput
+from rlhf.models.own_code import own_code_refused
 from rlhf.models.quantised import check_device, nf4
 from rlhf.models.resolve import resolve
 from rlhf.seeding import seed_for
@@ -34,7 +35,9 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 
 def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokenizer:
     """The model's tokenizer; where it has no padding token, EOS pads (masks never look at ids, so nothing is lost)."""
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    folder = resolve(name)
+    with own_code_refused(folder, "model.name"):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise BadInput(f"model.name: the tokenizer of {name} has no EOS token, so no completion could ever end")
     if tokenizer.pad_token_id is None:
@@ -120,7 +123,7 @@ def _from_folder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded: tuple[PreTrainedModel, dict[str, list[str]]] = language_model(settings).from_pretrained(
             folder, config=settings, dtype=DTYPES[dtype], attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code, output_loading_info=True,
+            trust_remote_code=config.trust_remote_code, weights_only=True, output_loading_info=True,
             quantization_config=nf4(DTYPES[dtype]) if packed else None, device_map={"": device} if packed else None,
         )  # fmt: skip
     except (ValueError, ImportError) as error:

@@ -1,14 +1,17 @@
 """From a model's name to a folder that transformers loads: `tiny`, `tiny-untied`, `tiny_t5`, `smollm2`, a folder, a
 hub name.
 
-`check_model` answers within seconds, loads no weights and imports no torch, so that bad input is found before anything
-heavy starts. What is built here is built beside its place in the cache and renamed, so two processes may build at once.
+`check_model` answers within seconds, loads no weights and imports torch for weights in torch's own format (.bin) only,
+so that bad input is found before anything heavy starts. What is built here is built beside its place in the cache and
+renamed, so two processes may build at once.
 """
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,10 +74,19 @@ def is_encoder_decoder(name: str) -> bool:
     """
     if name in BUILT:
         return name == TINY_T5
+    return bool(read_config(name).get("is_encoder_decoder", False))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """config.json of a model folder or hub name; of the hub nothing else is fetched. Raises BadInput without one."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _from_hub(name, ["config.json"])
-    return bool(_read_json(folder / "config.json").get("is_encoder_decoder", False))
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"model.name: {folder} has no config.json, so it is not a model folder; it holds {_listing(folder)}"
+        )
+    return _read_json(folder / "config.json")
 
 
 def check_folder(folder: Path) -> None:
@@ -105,6 +117,9 @@ def _check_shards(folder: Path, index: Path) -> None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"model.name: {index} has no weight_map, which says which shard holds which tensor")
     shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise BadInput(f"model.name: {index} names the shard {shard!r}; expected a file beside it")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         tensors = sum(shard in missing for shard in weight_map.values())
@@ -122,7 +137,7 @@ def _check_weights(file: Path) -> None:
     if file.suffix != ".safetensors":
         if size == 0:
             raise BadInput(f"model.name: {file} is empty")
-        return
+        return _check_pickle(file)
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > size - 8:
@@ -132,6 +147,21 @@ def _check_weights(file: Path) -> None:
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise BadInput(f"model.name: {file} has {size} bytes, its header says {expected}. Download it again")
+
+
+def _check_pickle(file: Path) -> None:
+    """A weight file of torch is a pickle, which can hold any code; only one that holds tensors is read, here and by
+    whoever loads it. Reads no tensor's values."""
+    import torch
+
+    try:
+        torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"model.name: {file} does not hold tensors alone, or is not whole, and is not read: {reason} Next: get the "
+            "model as safetensors"
+        ) from error
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:

@@ -181,7 +181,8 @@ def _load(config: ModelConfig, dtype: Dtype) -> tuple[PreTrainedModel, list[str]
         with torch.random.fork_rng(devices=[]):  # a missing head is drawn from the global generator, then replaced
             loaded, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=settings, dtype=DTYPES[dtype], attn_implementation=config.attention,
-                trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=config.trust_remote_code, weights_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise BadInput(f"{config.name} cannot have a scalar head: {error}") from error

@@ -82,8 +82,10 @@ def _download(target: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """transformers refuses to save a model that came from GGUF, so its values go into a fresh one."""
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     old, eos = source.config, tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=old.vocab_size, hidden_size=old.hidden_size, intermediate_size=old.intermediate_size,

@@ -1,0 +1,63 @@
+"""Who stands where: the roles that a run has, and what each of their actors takes from the cluster."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.config import PpoConfig, RunConfig
+from rlhf.passes import needs_reference
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names;
+    together, how Ray places actors that compute together (pack, spread, strict_pack), None where each is by itself."""
+
+    role: str
+    replicas: int
+    needed: int
+    takes: Mapping[str, float]
+    threads: int
+    together: str | None
+    settings: Role
+
+
+def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
+    """The roles that are started: no critic but for PPO, no rollout for a run on data, no reference where nothing
+    compares with it or LoRA has it, no reward where there is none."""
+    named: dict[str, Role] = {"trainer": cluster.trainer}
+    if isinstance(config.algorithm, PpoConfig):
+        named["critic"] = cluster.critic
+    if config.records == "prompts":
+        named["rollout"] = cluster.rollout
+    if needs_reference(config) and config.model.lora is None:
+        named["reference"] = cluster.reference
+    if config.reward is not None:
+        named["reward"] = cluster.reward
+    named["buffer"] = cluster.buffer
+    return tuple(
+        Placed(
+            role=name,
+            replicas=role.replicas,
+            needed=role.needed,
+            takes=_takes(role),
+            threads=cluster.threads_of(role),
+            together=role.placement if isinstance(role, Ranks) else None,
+            settings=role,
+        )
+        for name, role in named.items()
+    )
+
+
+def demand_of(roles: tuple[Placed, ...], *, least: bool) -> dict[str, float]:
+    """What all actors take together, or (least) those without which the run does not start."""
+    demand: dict[str, float] = {}
+    for placed in roles:
+        for name, amount in placed.takes.items():
+            count = placed.needed if least else placed.replicas
+            demand[name] = demand.get(name, 0.0) + amount * count
+    return demand
+
+
+def _takes(role: Role) -> dict[str, float]:
+    return {name: amount for name, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items() if amount}
