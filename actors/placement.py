@@ -249,11 +249,6 @@ def is_alive(node_id: str) -> bool:
     return node_id in alive and node_id not in draining_nodes()
 
 
-def has_a_process(actor: ActorHandle) -> bool:
-    """Whether an actor has found room and its constructor has begun, or was."""
-    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
-
-
 def supply() -> str:
     """What the cluster has, in words, by node."""
     nodes = nodes_that_stay()

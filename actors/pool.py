@@ -329,7 +329,7 @@ class ActorWorkers:
 
     def _note_who_starts(self) -> None:
         for worker in self._workers:
-            if worker.phase == "asked" and placement.has_a_process(worker.actor):
+            if worker.phase == "asked" and placement.has_place(worker.actor):
                 worker.enter("starting", worker.awaited)
 
     def _retire(self, worker: Worker) -> None:

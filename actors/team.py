@@ -207,8 +207,9 @@ def _started_again(
         _wait_for_places(order, [claim])
         if order.stop():
             raise TrainerDied(f"the {claim.name} has no place, and the run was asked to stop")
-        ranks = start()
+        ranks: list[ActorHandle] = []
         try:
+            ranks = start()
             ready = [rank.__ray_ready__.remote() for rank in ranks]
             waiting.get(ready, f"starting the ranks of the {claim.name}", order.blueprint.config.loop.wait_timeout_s)
         except ActorDied:
