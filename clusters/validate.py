@@ -54,7 +54,7 @@ def _yaml(path: Path, kind: str, found: object) -> Iterator[Fault]:
         yield from kuberay.faults(found if isinstance(found, list) else [found], names)
     elif kind == "skypilot":
         yield from skypilot.faults(found)
-    elif path.name == "runtime_env.yaml":
+    elif kind == "ray_job":
         yield from against(own_schema("runtime_env.json"), found, "")
     else:
         load_cluster(path, [])

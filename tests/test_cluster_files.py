@@ -25,7 +25,7 @@ from rlhf.config_file import load_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "clusters"
-FOLDERS = ("image", "kuberay", "ray_up", "skypilot", "slurm")
+FOLDERS = ("image", "kuberay", "ray_job", "ray_up", "skypilot", "slurm")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_file_is_good(validate: ModuleType, capsys: pytest.CaptureFixture[
     """And every file is looked at: one of no known kind would be a fault."""
     assert validate.main([]) == 0, capsys.readouterr().out
     names = {path.relative_to(HERE).as_posix() for path in validate.files()}
-    assert {"local.yaml", "two_node.yaml", "autoscaling.yaml", "runtime_env.yaml"} <= names
+    assert {"local.yaml", "two_node.yaml", "autoscaling.yaml", "ray_job/runtime_env.yaml"} <= names
     assert {name.partition("/")[0] for name in names if "/" in name} == set(FOLDERS)
     assert capsys.readouterr().out.count(": good") == len(names)
 
@@ -68,7 +68,7 @@ BROKEN = [
     ("kuberay/prerequisites.yaml", "preemptionPolicy", "preemptPolicy", "[1]: unknown key 'preemptPolicy'"),
     ("skypilot/managed_job.yaml", "max_restarts_on_errors", "max_restart_on_errors", "resources.job_recovery: unknown"),
     ("slurm/ray_rlhf.sbatch", "--gpus-per-node=8", "--gpu-per-node=8", "#SBATCH --gpu-per-node: unknown option"),
-    ("runtime_env.yaml", "env_vars:", "env_var:", "unknown key 'env_var'; did you mean env_vars"),
+    ("ray_job/runtime_env.yaml", "env_vars:", "env_var:", "unknown key 'env_var'; did you mean env_vars"),
     # a wrong unit
     (
         "kuberay/raycluster.yaml",
@@ -131,7 +131,7 @@ BROKEN = [
         "RAY_AUTH_TOKEN: hunter2",
         "secrets.RAY_AUTH_TOKEN: a secret in clear",
     ),
-    ("runtime_env.yaml", "DO_NOT_TRACK", "HF_TOKEN", "env_vars.HF_TOKEN: a secret in clear"),
+    ("ray_job/runtime_env.yaml", "DO_NOT_TRACK", "HF_TOKEN", "env_vars.HF_TOKEN: a secret in clear"),
     ("ray_up/gcp.yaml", "RAY_USAGE_STATS_ENABLED=0", f"X={'0f' * 32}", "docker.run_options[2]: a secret in clear"),
     ("ray_up/aws.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "docker.run_options: tokens are off"),
     ("ray_up/aws.yaml", "/home/ray/.ray/auth_token:", "/home/ray/other:", "file_mounts: the token is missing"),

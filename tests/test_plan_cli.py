@@ -28,7 +28,7 @@ from rlhf.planning.shapes import BUILT_CONFIGS, shape_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CLUSTERS = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if path.name != "runtime_env.yaml")
+CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
 MACHINE = Machine(gemm_flops=1e11, bytes_per_s=1e10, hashed_per_s=1e9, cores=2, memory=24e9, bfloat16_gain=2.0)
 LLAMA3_70B = {
     "model_type": "llama",

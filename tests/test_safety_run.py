@@ -1,7 +1,7 @@
 """One real run on Ray, looked at from inside while it works: who listens where, and whether a secret that it was given
 stands anywhere but in environments.
 
-Two trainer ranks, so that they meet over a network. Not covered: vLLM (one process, tests/test_safety_vllm.py), NCCL,
+Two trainer ranks, so that they meet over a network. Not covered: vLLM (its engine opens sockets of its own), NCCL,
 a Ray that is joined, memory and swap, the environments of the run's own processes.
 """
 

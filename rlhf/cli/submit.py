@@ -12,6 +12,7 @@ import json
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,9 @@ PACKAGES = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 # Ray keeps what travels in the head's memory; data sets and models belong on storage that the nodes share.
 LARGEST_FILE_MIB = 64
+NO_AGENT = "No available agent"  # what a job server says before any node has reported to it
+AGENT_TIMEOUT_S = 60.0
+RETRY_S = 1.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 TOKEN_REMEDY = (
     "Next: put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH, and set "
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = _running(client, arguments.run_dir)
     if job is None:
         with packed(settings, cluster, ship=not arguments.ship_nothing) as folder:
-            job = _ask(
+            job = _once_it_can(
                 lambda: client.submit_job(
                     entrypoint=_entrypoint(arguments.run_dir),
                     runtime_env={"working_dir": str(folder)},
@@ -193,6 +197,18 @@ def _ask(call: Callable[[], Answer]) -> Answer:
         raise BadInput(f"the job server refuses the token: {str(error).splitlines()[0]}. {TOKEN_REMEDY}") from error
     except RuntimeError as error:
         raise RunFailed(f"the job server: {error}") from error
+
+
+def _once_it_can(submit: Callable[[], str]) -> str:
+    """The job's name. A cluster that has just come up has a job server before it has anybody to start a job."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return _ask(submit)
+        except RunFailed as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_S)
 
 
 def _running(client: "JobSubmissionClient", run_dir: str) -> str | None:
