@@ -370,9 +370,8 @@ class ActorWorkers:
             able = [worker for worker in able if len(worker.errands) < room]
             if not able:
                 return
-            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(
-                self._queue.popleft(), bound=False, in_slices=self._spec.mid_task
-            )
+            worker = min(able, key=lambda worker: (len(worker.errands), worker.slot))
+            worker.start(self._queue.popleft(), bound=False, in_slices=self._spec.mid_task)
 
     def _watch_capacity(self) -> None:
         """Says so while no worker is up. Raises NoCapacity when none has found a place for too long."""
