@@ -324,8 +324,7 @@ class ActorWorkers:
         silent = {each.actor_id: each.seconds for each in self._pulses.silent()}
         for worker in list(self._workers):
             lifeless_s = silent.get(worker.actor._actor_id.hex(), 0.0)
-            why = worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s)
-            if why is not None:
+            if why := worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s):
                 self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
 
     def _lose(self, worker: Worker, how: str, why: str, *, counted: bool) -> None:
