@@ -341,8 +341,7 @@ class ActorWorkers:
         silent = {each.actor_id: each.seconds for each in self._pulses.silent()}
         for worker in list(self._workers):
             lifeless_s = silent.get(worker.actor._actor_id.hex(), 0.0)
-            why = worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s)
-            if why is not None:
+            if why := worker.why_hung(now, lifeless_s, self._spec.silence_s, self._spec.wait_timeout_s):
                 self._lose(worker, "hung", f"{why} (at {worker.whereabouts})", counted=True)
 
     def _lose(self, worker: Worker, how: str, why: str, *, counted: bool) -> None:
@@ -387,9 +386,8 @@ class ActorWorkers:
             able = [worker for worker in able if len(worker.errands) < room]
             if not able:
                 return
-            min(able, key=lambda worker: (len(worker.errands), worker.slot)).start(
-                self._queue.popleft(), bound=False, in_slices=self._spec.mid_task
-            )
+            worker = min(able, key=lambda worker: (len(worker.errands), worker.slot))
+            worker.start(self._queue.popleft(), bound=False, in_slices=self._spec.mid_task)
 
     def _is_busy(self) -> bool:
         return bool(self._queue) or any(worker.errands for worker in self._workers)
