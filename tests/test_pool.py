@@ -26,13 +26,8 @@ from rlhf.buffer.store import ExperienceBuffer
 from rlhf.cluster import Role
 from rlhf.config import LoopConfig, RunConfig
 from rlhf.errors import NoCapacity, RunFailed
-<<<<<<< HEAD
-from rlhf.experience import REWARD, Columns, Group, Prompt, Sampling
-from rlhf.interfaces import Published, Replacements, Request, Result, Task
-=======
 from rlhf.experience import REWARD, Columns, Group, Prompt, Sample, Sampling
-from rlhf.interfaces import Published, Request, Result, Task
->>>>>>> durability
+from rlhf.interfaces import Published, Replacements, Request, Result, Task
 from rlhf.learner.learner import PolicyLearner
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
