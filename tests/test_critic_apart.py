@@ -8,14 +8,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from actors import placement
 from rlhf.algorithms.table import build
+from rlhf.chaos.plan import Role
+from rlhf.chaos.points import ROLE_VARIABLE
+from rlhf.cli.preflight import check_cheaply
+from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.experience import Group, TrainBatch, fill_in
@@ -171,3 +176,35 @@ def test_only_an_algorithm_with_a_critic_has_one(tiny_run: Callable[..., RunConf
     critic.setup()
     with pytest.raises(BadInput, match="was saved by another algorithm: it has no critic/"):
         critic.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ({"critic": {"replicas": 2}}, r"critic\.replicas=2, but learner\.engine=torch trains in one process"),
+        ({"trainer": {"gpus": 0.5}}, r"critic\.gpus=0 while trainer\.gpus=0\.5"),
+    ],
+)
+def test_a_cluster_file_that_does_not_fit_a_critic_is_refused_where_there_is_one(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path, cluster: dict[str, Any], message: str
+) -> None:
+    """Before anything starts; a run without a critic takes the same file."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "reward.py").write_text("def one(prompts, completions, **columns):\n    return [1.0]\n")
+    plain = tiny_run({}, {}, {}, {}).model_dump(exclude_unset=True)
+    plain["data"] = {"path": str(tmp_path / "rows.jsonl")}
+    plain["reward"] = {"function": f"{tmp_path / 'reward.py'}:one"}
+    check_cheaply(RunConfig.model_validate(plain), Cluster.model_validate(cluster))
+    ppo = RunConfig.model_validate({**plain, "algorithm": {"name": "ppo"}})
+    check_cheaply(ppo, Cluster())
+    with pytest.raises(BadInput, match=message):
+        check_cheaply(ppo, Cluster.model_validate(cluster))
+
+
+def test_the_processes_of_each_role_can_be_told_apart() -> None:
+    """By the name in their environment, which a chaos file uses."""
+    cluster = Cluster()
+    roles = placement.roles_of(cluster)
+    assert {"driver", *roles} == set(get_args(Role)) and "critic" in roles
+    for name, role in roles.items():
+        assert placement.options(cluster, role)["runtime_env"]["env_vars"][ROLE_VARIABLE] == name

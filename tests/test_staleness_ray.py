@@ -85,6 +85,30 @@ def test_bound_holds_on_ray_and_is_reached(tmp_path: Path) -> None:
     assert sum(row["time/engine_idle_s"] for row in rows) > 0
 
 
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_weights_change_inside_sequences_of_a_whole_run(tmp_path: Path) -> None:
+    """vLLM, two engines, k = 2, long answers: some have tokens of several versions, in order; none that is trained
+    is too old by its oldest token; engine and learner agree wherever one version sampled all of an answer."""
+    long = {"generation.max_new_tokens": 160, "algorithm.samples_per_prompt": 8, "loop.num_steps": 8}
+    settings = {"generation.engine": "vllm", "generation.cache_gib": 0.3, "generation.weights_mid_sequence": "true"}
+    folder = tmp_path / "mid"
+    rows = run(folder, 0.0, {**long, **settings, "loop.max_staleness": 2, "generation.max_sequences": 16})
+    assert len(rows) == 8 and max(row["staleness/max"] for row in rows) <= 2
+    assert max(row.get("mismatch/logprob_abs_max", 0.0) for row in rows) < 1e-4
+    assert max(row["sync/probe_abs_max"] for row in rows) < 1e-3
+    buffer = ExperienceBuffer(folder / "run" / "experience.db", frozenset({REWARD}), None, 3)
+    buffer.open()
+    groups = [group for step in range(8) for group in buffer.replay(step)]
+    buffer.close()
+    versions = [sample.versions for group in groups for sample in group.samples]
+    assert all(own is not None and (np.diff(own) >= 0).all() for own in versions)
+    mixed = sum(len(set(own.tolist())) > 1 for own in versions if own is not None)
+    assert mixed > 0, "no sequence was under way when weights came"
+
+
 def lengths_of(folder: Path, steps: int) -> dict[int, list[int]]:
     """The tokens of each sample of each prompt of a finished run."""
     buffer = ExperienceBuffer(folder / "run" / "experience.db", frozenset({REWARD}), None, 3)
@@ -297,7 +321,7 @@ def paced_run(folder: Path, staleness: int) -> list[float]:
 @pytest.mark.timeout(1800)
 def test_simulated_pool_agrees_with_two_paced_engine_actors(tmp_path: Path) -> None:
     """Nothing is fitted: the simulation gets the costs that the actors are paced by, and long-tailed lengths. The step
-    time of the real loop, source, ledger and pool at k = 0, 1 and 2 within 15 %. What it leaves out is the machine: an
+    time of the real loop, source, ledger and pool at k = 0, 1 and 2 within 5 %. What it leaves out is the machine: an
     engine of a model on two shared cores is slower while the learner trains."""
     import ray
 
@@ -314,7 +338,8 @@ def test_simulated_pool_agrees_with_two_paced_engine_actors(tmp_path: Path) -> N
             measured = statistics.mean(seconds)
             report.append((staleness, round(predicted, 2), round(measured, 2), round(predicted / measured - 1, 3)))
             print(report[-1])
-        assert all(abs(error) <= 0.15 for *_, error in report), report
+        # A learner that does not wait for busy engines would be 10 % quicker at k = 2, so 15 % would not tell.
+        assert all(abs(error) <= 0.05 for *_, error in report), report
         assert report[0][2] > 1.15 * report[1][2], "staleness buys step time, in the run that was measured, too"
     finally:
         ray.shutdown()

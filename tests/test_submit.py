@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 import yaml
+from ray_nodes import end_tree
 
 import rlhf.cli.submit as submit_command
 from rlhf.cli.main import main
@@ -63,10 +65,16 @@ def workplace(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Mapping[str, str]]]:
+    with head_node(cpus=2, tags={"trainer": 1}) as found:
+        yield found
+
+
+@contextmanager
+def head_node(cpus: int, tags: Mapping[str, float]) -> Iterator[tuple[str, Mapping[str, str]]]:
     """A head node with a job server that asks for a token, its address, and the environment of someone who has it."""
     # Ray's sockets do not fit below the long folders that pytest makes.
-    folder = Path("/tmp") / f"ray-submit-{os.getpid()}"
     port, dashboard = free_port(), free_port()
+    folder = Path("/tmp") / f"ray-submit-{port}"
     binaries = Path(sys.executable).parent  # a job's entrypoint is `python` as the head finds it
     path = f"{binaries}:{os.environ['PATH']}"
     environment = {
@@ -76,11 +84,12 @@ def server() -> Iterator[tuple[str, Mapping[str, str]]]:
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    command = f"start --head --block --port={port} --dashboard-port={dashboard} --include-dashboard=true --num-cpus=2"
-    tags = ["--resources", json.dumps({"trainer": 1})]
+    command = f"start --head --block --port={port} --dashboard-port={dashboard} --include-dashboard=true"
+    # Another Ray on this machine may have the agents' usual port, and then nobody could submit here.
+    has = [f"--num-cpus={cpus}", "--resources", json.dumps(dict(tags)), f"--dashboard-agent-listen-port={free_port()}"]
     ports = f"--ray-client-server-port={free_port()} --disable-usage-stats --object-store-memory=200000000"
     head = subprocess.Popen(
-        [str(binaries / "ray"), *command.split(), *ports.split(), *tags, f"--temp-dir={folder}"],
+        [str(binaries / "ray"), *command.split(), *ports.split(), *has, f"--temp-dir={folder}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -171,6 +180,39 @@ def test_a_run_is_shipped_followed_and_gone_on_with(workplace: Path, server: tup
     refused = submit(workplace, server, "learner.lr=0.5")  # another run in the same directory
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "learner.lr was" in refused.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_head_without_work_leaves_the_driver_to_the_node_of_the_buffer(workplace: Path) -> None:
+    """As in clusters/ray_up and clusters/kuberay: no CPUs on the head, everything on a node with the tag."""
+    with head_node(cpus=0, tags={}) as server:
+        ray = str(Path(sys.executable).with_name("ray"))
+        address = server[1]["RAY_ADDRESS"]
+        words = ["start", "--block", "--address", address, "--num-cpus=4", "--resources", json.dumps({"trainer": 1})]
+        words += ["--dashboard-agent-listen-port", str(free_port())]
+        node = subprocess.Popen(
+            [ray, *words], env=dict(server[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            done, deadline = submit(workplace, server), time.monotonic() + 280
+            # The dashboard answers before Ray's agents of the nodes have reported to it.
+            while "No available agent" in done.stderr and time.monotonic() < deadline:
+                done = submit(workplace, server)
+            assert done.returncode == 0, done.stdout + done.stderr
+            [job] = [job for job in asked(server, "/api/jobs/") if job["submission_id"]]
+            nodes = asked(server, "/nodes?view=summary")["data"]["summary"]
+            [head] = [one["raylet"]["nodeId"] for one in nodes if one["raylet"]["isHeadNode"]]
+            assert len(nodes) == 2 and job["driver_node_id"] not in (None, head)
+        finally:
+            end_tree(node)
+
+
+def asked(server: tuple[str, Mapping[str, str]], path: str) -> Any:
+    """What the dashboard answers to someone who has the token."""
+    request = urllib.request.Request(server[0] + path, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
 
 
 @pytest.mark.ray
