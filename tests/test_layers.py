@@ -93,6 +93,7 @@ def test_every_role_file_is_in_the_contract_of_the_roles() -> None:
         f"actors.{name}"
         for name in (
             "capacity",
+            "heartbeat",
             "keeper",
             "learner",
             "placement",
