@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,13 +55,15 @@ class Nodes:
 
     def __init__(self, log: Path) -> None:
         self._log = log.open("ab")
+        self._folder = short_folder("rlhf-nodes")
         script = Path(__file__).with_name("ray_nodes_process.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=ENVIRONMENT,
+            # A folder of its own: in the common one Ray writes down the newest cluster, for whoever asks for `auto`.
+            env={**ENVIRONMENT, "RAY_TMPDIR": str(self._folder)},
             text=True,
             start_new_session=True,
         )
@@ -94,6 +97,7 @@ class Nodes:
     def end(self) -> None:
         end_tree(self._process)
         self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def ray_command(words: Sequence[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
@@ -192,10 +196,7 @@ def policy(run_dir: Path, updates: int) -> dict[str, torch.Tensor]:
 
 def short_folder(name: str) -> Path:
     """A new folder for Ray, whose sockets do not fit below the long ones that pytest makes."""
-    folder = Path("/tmp") / f"{name}-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp"))
 
 
 def seen(name: str, text: str) -> None:

@@ -42,7 +42,6 @@ BOUNDED_OTHERWISE = {
     ("rlhf/chaos/journal.py", "claim"): "whoever holds the lock writes one line; the kernel frees it with its process",
     ("rlhf/learner/build_locks.py", "free_abandoned_locks"): "held for one look at /proc; freed with its process; "
     "inside a call to an actor, whose wait has a deadline",
-    ("rlhf/learner/deepspeed_engine.py", "join"): "one rank alone meets nobody; the other call has its timeout",
     ("rlhf/cli/chat.py", "_next_line"): "a person is asked",
     ("actors/keeper.py", "be_head"): "it is there to wait: it dies with the keeper, which dies with the run",
     ("actors/worker.py", "pairs"): "ray.wait has said that the next item is there",

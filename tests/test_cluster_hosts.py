@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ray_hosts import Hosts, longest_pause, refused
-from ray_nodes import Run, ledger, seen, short_folder, workplace
+from ray_nodes import Run, ledger, policy, seen, short_folder, workplace
 
 CUT_S = 60.0
 ENGINES = '{"engine": 1, "trainer": 1}'
@@ -111,3 +112,33 @@ def test_one_host_is_cut_off_for_a_minute_and_one_for_good(hosts: Hosts, tmp_pat
         f"{last['faults/trainer_restarts']:g} times, the whole team {last['faults/restarts']:g} times.\n"
         f"- {len(run.rows())} steps, {counts['trained']} prompts trained once each, lost {counts['lost']}.",
     )
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_two_ranks_meet_across_hosts_and_end_as_two_ranks_on_one(hosts: Hosts, tmp_path: Path) -> None:
+    """`trainer.placement: spread` puts a rank on each of two hosts; bitwise the parameters of two ranks on this
+    machine."""
+    hosts.start_ray(0, 2, "{}")
+    hosts.wait_for_head()
+    for host in (1, 2):
+        hosts.start_ray(host, 1, ENGINES)
+    folder, settings = workplace(tmp_path), ["learner.engine=deepspeed", "learner.zero_stage=2"]
+    ranks = {"replicas": 2, "cpus": 0.1, "resources": {"trainer": 1}, "placement": "spread"}
+    spread = {"address": hosts.head, **CLUSTER, "trainer": ranks}
+    run = Run(folder, spread, "apart", *settings, "loop.num_steps=3", before=hosts.inside(0))
+    try:
+        run.until(lambda: hosts.of("ray::PolicyRank") == [1, 2], 600)
+        run.wait(0, 600)
+    finally:
+        run.end()
+    local = {"threads_per_role": 1, "trainer": {"replicas": 2}}
+    together = Run(folder, local, "together", *settings, "loop.num_steps=3")
+    try:
+        together.wait(0, 600)
+    finally:
+        together.end()
+    apart, beside = policy(run.run_dir, 3), policy(together.run_dir, 3)
+    assert apart.keys() == beside.keys() and all(torch.equal(apart[name], beside[name]) for name in apart)
+    assert ledger(run.run_dir)["trained"] == 12
