@@ -144,14 +144,16 @@ class Workers(Protocol):
 
 
 class Learner(Protocol):
-    """The policy's owner. `annotate`, `prepare`, `update` are called once a step, in this order."""
+    """The owner of the policy and, where there is one, of its critic. `annotate`, `prepare`, `update` are called once a
+    step, in this order."""
 
     @property
     def version(self) -> int:
         """Updates so far."""
 
     def annotate(self, groups: Handle) -> Handle:
-        """The groups with the columns that only the learner can fill: old log-probs, LoRA's reference log-probs."""
+        """The groups with the columns that only the learner can fill: old log-probs, LoRA's reference log-probs, a
+        critic's values."""
 
     def prepare(self, groups: Handle) -> Handle:
         """The algorithm's `prepare`: credit assignment, a TrainBatch."""

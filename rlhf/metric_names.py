@@ -233,8 +233,8 @@ METRICS: dict[str, Meaning] = {
     "faults/trainer_restarts": Meaning(
         "restarts",
         "last",
-        "how often this process built the trainer alone again because one of its ranks died; the steps since its "
-        "checkpoint were trained again from the buffer (loop.max_restarts)",
+        "how often this process built the trainer alone again because a rank of policy or critic died; the steps since "
+        "its checkpoint were trained again from the buffer (loop.max_restarts)",
     ),
     "faults/buffer_restarts": Meaning(
         "restarts", "last", "how often this process put another buffer actor in the place of one that died"

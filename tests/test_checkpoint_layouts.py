@@ -225,7 +225,7 @@ def test_every_layout_goes_on_from_every_other(
 
     forgetful = learner_of(config_of("zero 2", torch_engine=True))
     forgetful.load(tmp_path / "zero 2")
-    forgetful._engine._optimizer.state.clear()
+    forgetful.policy._engine._optimizer.state.clear()
     train(forgetful, steps[3])
     away = whole["start rloo float32 tiny"]
     assert furthest(published(forgetful), away) > 10 * TOLERANCE
