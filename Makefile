@@ -50,7 +50,7 @@ rso-table: $(STAMP)
 .PHONY: test
 test: export OMP_NUM_THREADS ?= 2
 test: $(STAMP)
-	$(PY) -m pytest -m "not gpu and not soak"
+	$(PY) -m pytest -m "not gpu and not soak" --durations 30
 
 # Everything too long for every change: hundreds of killed and stopped processes, long runs. Writes docs/reliability.md.
 .PHONY: soak
