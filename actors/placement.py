@@ -223,6 +223,17 @@ def has_place(actor: ActorHandle) -> bool:
     return bool(known) and (known["State"] == "DEAD" or known["Address"]["Port"] != 0)
 
 
+def went_with_its_node(actor: ActorHandle, node_id: str | None) -> bool:
+    """Whether an actor that died did so with its node, or on its way to one that was dead; node_id, where it was."""
+    if node_id is not None and not is_alive(node_id):
+        return True
+    known = ray._private.state.state.actor_table(actor._actor_id.hex())
+    if not known:
+        return False
+    context = known["DeathCause"].actor_died_error_context
+    return context.DESCRIPTOR.fields_by_name["reason"].enum_type.values_by_name["NODE_DIED"].number == context.reason
+
+
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     """The driver's node, where it can hold the actor at all; another one otherwise."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)

@@ -348,7 +348,8 @@ class ActorWorkers:
         """Ends what the worker held, and the worker, and asks for another one in its place.
 
         Only what it had begun is suspected; tasks of which it had not heard go back to the queue."""
-        node_gone = how == "died" and worker.place is not None and not placement.is_alive(worker.place.node_id)
+        node_id = None if worker.place is None else worker.place.node_id
+        node_gone = how == "died" and placement.went_with_its_node(worker.actor, node_id)
         what = "left with its node" if node_gone else how
         message = f"{worker.name} {what}: {why}"
         held_by_it = "; ".join(f"prompts {errand.named}" for errand in worker.errands) or "nothing"
@@ -364,7 +365,8 @@ class ActorWorkers:
         self._retire(worker)
         if worker.leaving:
             return
-        self._lost["left" if node_gone else how] += 1
+        if worker.place is not None or not node_gone:  # one that found only a dying node was never there
+            self._lost["left" if node_gone else how] += 1
         if not node_gone:
             self._count_fruitless(worker, message)
         self._notes.append(f"{message}. It held {held_by_it}. Another one takes its place")
