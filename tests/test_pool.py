@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SAMPLING = Sampling(1.0, 1.0, 0, 6)
 SILENCE_S = 5.0
-LIFELESS_S = 4.0
+LIFELESS_S = 8.0
 MARK_EVERY_S = 0.5
 # By prompt: what happens, and at how many of the first attempts; -1: to the first that loads which version; -2: to how
 # many of the first that are set up; -3: every load of this version takes long.
@@ -345,6 +345,7 @@ def test_engines_without_work_are_let_go_and_come_back_with_work(ray_here: None,
     assert team.answers() == Counter([*range(6), 2000]) and team.rollouts.replaced() == Replacements(0, 0, 0)
 
 
+@pytest.mark.soak
 def test_a_worker_that_is_stopped_at_no_work_is_found_and_a_slow_load_is_left_alone(
     ray_here: None, bench: Callable[..., Bench]
 ) -> None:
