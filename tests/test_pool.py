@@ -488,7 +488,8 @@ def test_engines_join_and_leave_with_their_nodes_and_the_run_waits_when_there_ar
     says so, and goes on when nodes come back. Every prompt is trained once, in the steps of the undisturbed run. With
     no node for too long the run ends and says what was asked for."""
     nodes.add(1)
-    team = bench(4, 1, {n: ("long", 1) for n in (26, 27, 28, 29)}, {"spot": 1})
+    # 2000 is asked for last: an engine outlives its node for a moment, and is not to have the answer by then.
+    team = bench(4, 1, {n: ("long", 1) for n in (26, 27, 28, 29)} | {2000: ("long", 9)}, {"spot": 1})
     source = team.source(steps=9, groups=4)
     seen: list[int] = []
 
@@ -519,7 +520,10 @@ def test_engines_join_and_leave_with_their_nodes_and_the_run_waits_when_there_ar
     assert seen[:4] == [1, 4, 4, 3], seen
     assert "no rollout worker is up" in notes and "is drained" in notes, notes
     sums = {name: sum(step[name] for step in told.measured) for name in told.measured[0] if name.startswith("faults/")}
-    assert (sums["faults/workers_left"], sums["faults/workers_died"], sums["faults/prompts_set_aside"]) == (4, 0, 0)
+    # The drained one left. Of the three whose nodes vanish Ray may not know yet that it was their nodes.
+    replaced = team.rollouts.replaced()
+    assert replaced.left >= 1 and replaced.left + replaced.died == 4 and not replaced.hung, notes
+    assert sums["faults/prompts_set_aside"] == 0
     overview = ExperienceView(team.folder / "experience.db").overview()
     assert (overview.counts.trained, overview.counts.lost, overview.counts.duplicated) == (36, 0, 0)
     assert not overview.attempts, "a node that leaves is no prompt's fault"
