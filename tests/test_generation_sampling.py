@@ -132,8 +132,8 @@ def test_the_sampled_tokens_log_prob_is_read_wherever_it_stands(temperature: flo
         for token, value in zip([11, 12, 13, 14, 15], logprobs, strict=True)
     }
     output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=(13, 13), logprobs=[table, table])])
-    draw = read_draw(output, 4, 99)
-    assert (draw.index, draw.seed, draw.token_ids) == (4, 99, [13, 13])
+    draw = read_draw(output, 4, 99, [7, 8])
+    assert (draw.index, draw.seed, draw.token_ids, draw.versions) == (4, 99, [13, 13], [7, 8])
     assert draw.logprobs == [logprobs[2], logprobs[2]]
 
 

@@ -137,16 +137,18 @@ class Stand:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_deadline(on_ray: None) -> None:
-    """The deadline is ten minutes, the limit for a sign of life three seconds; a call that takes six is left alone."""
+    """The deadline is ten minutes, the limit for a sign of life some seconds; a call that takes twice as long is left
+    alone."""
     import ray
 
     from actors import waiting
     from actors.buffer import RemoteBuffer
     from actors.heartbeat import Pulses
-    from actors.policy import RemoteLearner
+    from actors.learner import RemoteLearner
+    from actors.ranks import RankGroup
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    stand, limit_s = ray.remote(Stand).options(num_cpus=0), 3.0
+    stand, limit_s = ray.remote(Stand).options(num_cpus=0), 6.0
     ended: list[ActorHandle] = []
 
     def end(actors: Sequence[ActorHandle]) -> None:
@@ -156,13 +158,13 @@ def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_de
 
     lives: list[list[ActorHandle]] = []
 
-    def hire(life: int) -> list[ActorHandle]:
-        lives.append([stand.remote(life == 0 and rank == 1) for rank in range(2)])
+    def hire() -> list[ActorHandle]:
+        lives.append([stand.remote(not lives and rank == 1) for rank in range(2)])
         return lives[-1]
 
-    learner = RemoteLearner(hire, end, 600.0, limit_s, annotates=False)
-    learner.end_setup(learner.begin_setup())
-    with pytest.raises(TrainerDied, match="update 1: rank 1 has shown no sign of life for"):
+    learner = RemoteLearner(RankGroup("policy", hire(), hire, end), None, 600.0, limit_s, annotates=False)
+    learner.set_up()
+    with pytest.raises(TrainerDied, match="update 1: policy rank 1 has shown no sign of life for"):
         learner.update(1)
     learner.load(None)
     assert learner.update(1) is not None and learner.version == 1 and ended == lives[0]
@@ -175,7 +177,7 @@ def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_de
 
     slow, pulses = ray.remote(Rank).options(num_cpus=0).remote(), Pulses(limit_s)
     pulses.follow(slow, "rank 0")
-    assert waiting.gather({"rank 0": slow.work.remote(2 * limit_s)}, "updating", 60.0, 0.0, pulses) == ["6"]
+    assert waiting.gather({"rank 0": slow.work.remote(2 * limit_s)}, "updating", 60.0, 0.0, pulses) == ["12"]
     end([slow, *lives[1]])
 
 

@@ -188,7 +188,10 @@ def with_code(folder: Path, which: str) -> Path:
     written = folder.parent / "executed"
     (folder / "code.py").write_text(
         f"from pathlib import Path\nPath({str(written)!r}).touch()\n"
-        "from transformers import LlamaConfig as Own, PreTrainedTokenizerFast as OwnTokenizer\n"
+        "from transformers import LlamaConfig, PreTrainedTokenizerFast\n"
+        # Loading one marks its class as one with code of its own: never a class of transformers.
+        "class Own(LlamaConfig):\n    pass\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
     name, entry, kind, own = {
         "config": ("config.json", {"AutoConfig": "code.Own"}, "model_type", "their_own"),
