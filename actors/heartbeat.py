@@ -26,17 +26,23 @@ LOOK_TIMEOUT_S = 30.0
 
 
 def begin(actor: object) -> None:
-    """Run inside an actor: starts its thread."""
+    """Run inside an actor: gives the first sign, so that whatever is asked of it afterwards is watched over, and starts
+    its thread."""
     key = ray.get_runtime_context().get_actor_id()
     assert key is not None  # no driver calls this
+    _sign(key.encode(), 0)
     threading.Thread(target=_say_so, args=(key.encode(),), name="signs of life", daemon=True).start()
 
 
 def _say_so(key: bytes) -> None:
-    for count in itertools.count():
-        with contextlib.suppress(RpcError):  # the head node cannot be reached: the next sign may get through
-            internal_kv._internal_kv_put(key, str(count).encode(), overwrite=True, namespace=NAMESPACE)
+    for count in itertools.count(start=1):
         time.sleep(EVERY_S)
+        _sign(key, count)
+
+
+def _sign(key: bytes, count: int) -> None:
+    with contextlib.suppress(RpcError):  # the head node cannot be reached: the next sign may get through
+        internal_kv._internal_kv_put(key, str(count).encode(), overwrite=True, namespace=NAMESPACE)
 
 
 @dataclass(slots=True)
