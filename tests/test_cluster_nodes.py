@@ -95,7 +95,7 @@ def assert_bitwise_equal(left: dict[str, torch.Tensor], right: dict[str, torch.T
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_an_engine_s_node_is_killed_and_four_nodes_end_as_one_process(
     four: Nodes, start: Callable[..., Run], tmp_path: Path

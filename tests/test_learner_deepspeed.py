@@ -218,7 +218,7 @@ def test_two_ranks_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_one_rank_in_bfloat16_follows_plain_torch(
     tiny_run: Callable[..., RunConfig], steps: list[list[Group]], tmp_path: Path, stage: int
 ) -> None:
