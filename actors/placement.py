@@ -31,6 +31,7 @@ from rlhf.errors import ActorDied, BadInput, NoCapacity
 
 POLL_S = 1.0
 PROGRESS_S = 10.0
+FIRST_TOLD_S = 5.0  # most find their place sooner
 START_TIMEOUT_S = 300.0
 GIB = 1 << 30
 
@@ -148,7 +149,7 @@ def wait_for_places(
     Raises NoCapacity with what was asked, what there is, what is missing and what would fit: at the deadline, and at
     once in a cluster that cannot grow and is too small. Returns early when the run is asked to stop.
     """
-    began, told = time.monotonic(), POLL_S  # most find their place at once
+    began, told = time.monotonic(), FIRST_TOLD_S
     while not stop():
         asked = [Asked(each.name, each.role, each.count, min(each.count, each.placed())) for each in claims]
         if all(each.placed == each.count for each in asked):
