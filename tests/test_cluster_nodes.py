@@ -57,7 +57,7 @@ def test_a_run_too_big_ends_with_3_and_says_why_and_one_that_must_wait_runs(
     """Three CPUs for one engine, where there are five but at most two on a node: the run gives up at its deadline. An
     engine that needs what no node has: the run waits, and gets the node that comes."""
     joined = {"address": four.address, "threads_per_role": 1, "trainer": {"cpus": 0.1}, **SMALL}
-    wide = start({**joined, "placement_timeout_s": 6, "rollout": {"cpus": 3}}, "wide")
+    wide = start({**joined, "placement_timeout_s": 9, "rollout": {"cpus": 3}}, "wide")
     spot = {"rollout": {"cpus": 0.1, "resources": {"spot": 1}}}
     slow = start({**joined, "placement_timeout_s": 600, **spot}, "slow")
     said = wide.wait(NO_CAPACITY)
