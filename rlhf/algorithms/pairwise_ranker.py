@@ -18,7 +18,7 @@ from rlhf.config import PairwiseRankerConfig
 from rlhf.experience import RANK, Group, Row, TrainBatch
 from rlhf.metrics import mean_of, total
 from rlhf.ops.microbatch import LossSums, MicroBatch, Scores
-from rlhf.ops.ranking import order_likelihood, ranked_pairs
+from rlhf.ops.ranking import last_scores, order_likelihood, ranked_pairs
 
 
 def build(config: PairwiseRankerConfig) -> ScoreAlgorithm:
@@ -61,8 +61,7 @@ def prepare(groups: Sequence[Group], state: RunState) -> tuple[TrainBatch, RunSt
 
 def loss(config: PairwiseRankerConfig, outputs: Scores, batch: MicroBatch) -> LossSums:
     """The loss above without its 1/U, summed over the units of the micro-batch."""
-    last = (batch.mask.sum(dim=1) - 1).clamp(min=0)
-    scores = outputs.values.gather(1, last[:, None])[:, 0]
+    scores = last_scores(outputs.values, batch.mask)
     pairs = ranked_pairs(batch.tokens[RANK][:, 0], batch.unit)
     likelihood = order_likelihood(scores[pairs.better], scores[pairs.worse]).sum()
     count, seen = torch.tensor(len(pairs.better)), scores.detach()

@@ -16,7 +16,7 @@ from rlhf.config import RewardModelConfig
 from rlhf.experience import RANK, Floats, Group, Row, TrainBatch
 from rlhf.metrics import mean_of, total
 from rlhf.ops.microbatch import LossSums, MicroBatch, Scores
-from rlhf.ops.ranking import bradley_terry, centring, ranked_pairs
+from rlhf.ops.ranking import bradley_terry, centring, last_scores, ranked_pairs
 
 MARGIN = "margin"
 
@@ -63,8 +63,7 @@ def prepare(config: RewardModelConfig, groups: Sequence[Group], state: RunState)
 
 def loss(config: RewardModelConfig, outputs: Scores, batch: MicroBatch) -> LossSums:
     """The loss above without its 1/U, summed over the units of the micro-batch."""
-    last = (batch.mask.sum(dim=1) - 1).clamp(min=0)
-    scores = outputs.values.gather(1, last[:, None])[:, 0]
+    scores = last_scores(outputs.values, batch.mask)
     pairs = ranked_pairs(batch.tokens[RANK][:, 0], batch.unit)
     likelihood = bradley_terry(scores, pairs, batch.tokens[MARGIN][:, 0])
     centred = centring(scores, pairs)

@@ -19,6 +19,12 @@ class Pairs(NamedTuple):
     weight: Tensor
 
 
+def last_scores(values: Tensor, mask: Tensor) -> Tensor:
+    """The score of each answer (R,): the value (R, T) at its last token; of a row without one, the first value."""
+    last = (mask.sum(dim=1) - 1).clamp(min=0)
+    return values.gather(1, last[:, None])[:, 0]
+
+
 def ranked_pairs(ranks: Tensor, unit: Tensor) -> Pairs:
     """All pairs of rows of a unit with different ranks, (R,) float and (R,) int64: C(K, 2) a unit without ties."""
     preferred = (unit[:, None] == unit[None, :]) & (ranks[:, None] < ranks[None, :])
