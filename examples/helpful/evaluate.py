@@ -35,25 +35,39 @@ def accuracy(model: Path, pairs: Path, to: Path) -> str:
 
 
 def table(root: Path, policies: Sequence[str]) -> str:
-    """Reward, KL to the SFT start, length and win rate against it, on the held-out prompts, as a Markdown table."""
+    """Reward, KL to the SFT start, length and win rate against it, on the held-out prompts, as a Markdown table.
+
+    The reward is that of the model that RSO and RLOO were trained under, and wins are by it: neither says what people
+    would prefer. KL is that of whole answers in nats, estimated on the policy's own samples."""
     rows = [json.loads(line) for line in (root / "data" / "test.jsonl").read_text().splitlines()]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     scorer, start = Scorer(root / "reward-model"), Policy(root / "sft-policy")
     answers = start.answers(prompts)
     baseline = scorer.scores(prompts, [text for text, _ in answers])
-    lines = ["| policy | reward | KL to SFT | length | wins against SFT |", "|---|---|---|---|---|"]
-    lines.append(f"| SFT | {mean(baseline)} | 0 | {sum(len(ids) for _, ids in answers) / len(answers):.0f} | – |")
+    lines = [
+        "| policy | steps | CPU minutes | reward | KL to SFT | tokens | ended | wins against SFT |",
+        "|---" * 8 + "|",
+    ]
+    lines.append(f"| SFT | – | – | {mean(baseline)} | 0 | {sizes(answers, start.end)} | – |")
     for name in policies:
         policy = Policy(root / f"{name}-policy")
         answers = policy.answers(prompts)
         rewards = scorer.scores(prompts, [text for text, _ in answers])
         gaps = [policy.logprob(p, ids) - start.logprob(p, ids) for p, (_, ids) in zip(prompts, answers, strict=True)]
-        wins = sum(half(mine, theirs) for mine, theirs in zip(rewards, baseline, strict=True)) / len(prompts)
-        length = sum(len(ids) for _, ids in answers) / len(answers)
-        lines.append(f"| {name.upper()} | {mean(rewards)} | {mean(gaps)} | {length:.0f} | {wins:.0%} |")
+        wins = mean([half(mine, theirs) for mine, theirs in zip(rewards, baseline, strict=True)])
+        steps = len((root / name / "metrics.jsonl").read_text().splitlines())
+        minutes = json.loads((root / name / "used.json").read_text())["cpu_minutes"]
+        told = f"{mean(rewards)} | {mean(gaps)} | {sizes(answers, start.end)} | {wins}"
+        lines.append(f"| {name.upper()} | {steps} | {minutes:.0f} | {told} |")
     text = "\n".join(lines)
     (root / "table.md").write_text(text + "\n")
     return text
+
+
+def sizes(answers: Sequence[tuple[str, list[int]]], end: int) -> str:
+    """Mean tokens of an answer, and the share of answers that ended by themselves."""
+    ended = sum(ids[-1] == end for _, ids in answers) / len(answers)
+    return f"{sum(len(ids) for _, ids in answers) / len(answers):.0f} | {ended:.0%}"
 
 
 def half(mine: float, theirs: float) -> float:
@@ -89,6 +103,7 @@ class Policy:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.end: int = self._tokenizer.eos_token_id
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -112,8 +127,7 @@ class Policy:
         return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum())
 
     def _cut(self, ids: list[int]) -> tuple[str, list[int]]:
-        end: Any = self._tokenizer.eos_token_id
-        kept = ids[: ids.index(end) + 1] if end in ids else ids
+        kept = ids[: ids.index(self.end) + 1] if self.end in ids else ids
         return self._tokenizer.decode(kept, skip_special_tokens=True), kept
 
 

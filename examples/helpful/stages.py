@@ -1,13 +1,14 @@
-"""Helpful answers, stage by stage: a reward model, one SFT start, then DPO, RSO and RLOO for the same time each.
+"""Helpful answers, stage by stage: a reward model, one SFT start, then DPO, RSO and RLOO for the same CPU time each.
 
     python -m examples.helpful.stages data --pairs FILE   # JSONL: prompt, chosen, rejected; split by prompt
     python -m examples.helpful.stages reward_model        # accuracy on held-out pairs, beside "the longer wins"
     python -m examples.helpful.stages sft
-    python -m examples.helpful.stages dpo | rso | rloo    # each ends after --minutes of training
+    python -m examples.helpful.stages dpo | rso | rloo    # each ends after --cpu-minutes of training
     python -m examples.helpful.stages table               # reward, KL, length, win rate on held-out prompts
 
-Every stage may be interrupted; the same command goes on with it. The budget of a policy is wall time on one machine:
-the minutes used are kept in minutes.json, over interruptions."""
+Every stage may be interrupted; the same command goes on with it. The budget of a policy is the CPU time of all
+processes of its run, start and sampling included, so that other work on the machine does not eat into it: it is
+counted in used.json, over interruptions."""
 
 import argparse
 import json
@@ -17,7 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from . import evaluate
 
@@ -33,7 +37,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/helpful"), help="where everything is kept")
     parser.add_argument("--pairs", help="with `data`: the preference pairs")
     parser.add_argument("--heldout", type=int, default=100, help="with `data`: prompts set aside")
-    parser.add_argument("--minutes", type=float, default=60.0, help="training time of a policy; 0: to the last step")
+    parser.add_argument("--cpu-minutes", type=float, default=60.0, help="budget of a policy; 0: to the last step")
     parser.add_argument("--model", default="smollm2", help="the model that all start from (`tiny` for a trial)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="passed on to `rlhf run`")
     arguments = parser.parse_intermixed_args()
@@ -55,7 +59,7 @@ def main() -> None:
         settings = [f"model.name={root / 'sft-policy'}", *arguments.settings]
         if arguments.stage != "dpo":
             settings.append(f"reward.model={root / 'reward-model'}")
-        train(root, arguments.stage, settings, arguments.minutes)
+        train(root, arguments.stage, settings, arguments.cpu_minutes)
         export(root, arguments.stage, root / f"{arguments.stage}-policy")
     else:
         trained = [name for name in POLICIES if (root / f"{name}-policy").exists()]
@@ -66,26 +70,50 @@ def call(*words: str) -> None:
     subprocess.run([*RLHF, *words], check=True)
 
 
-def train(root: Path, stage: str, settings: Sequence[str], minutes: float) -> None:
-    """`rlhf run` of a stage, ended by an interrupt, which saves its state, when its minutes are used up."""
-    run_dir, clock = root / stage, root / stage / "minutes.json"
-    used = json.loads(clock.read_text())["minutes"] if clock.exists() else 0.0
-    if minutes and used >= minutes:
-        print(f"{stage} has used its {minutes:g} minutes")
+def train(root: Path, stage: str, settings: Sequence[str], cpu_minutes: float) -> None:
+    """`rlhf run` of a stage, ended by an interrupt, which saves its state, when its CPU time is used up."""
+    run_dir, kept = root / stage, root / stage / "used.json"
+    before = json.loads(kept.read_text()) if kept.exists() else {"cpu_minutes": 0.0, "minutes": 0.0}
+    if cpu_minutes and before["cpu_minutes"] >= cpu_minutes:
+        print(f"{stage} has used its {cpu_minutes:g} CPU minutes")
         return
     command = [*RLHF, "run", str(HERE / f"{stage}.yaml"), f"data.path={root / 'data' / 'train.jsonl'}", *settings]
     began = time.monotonic()
     process = subprocess.Popen([*command, "--run-dir", str(run_dir)])
+    used: dict[int, float] = {}
     try:
-        code = process.wait(timeout=60 * (minutes - used) if minutes else None)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        code = process.wait()
+        while (code := ended(process)) is None:
+            used |= cpu_seconds(process.pid)
+            if cpu_minutes and before["cpu_minutes"] + sum(used.values()) / 60 >= cpu_minutes:
+                process.send_signal(signal.SIGINT)
+                code = process.wait()
+                break
     finally:
         if run_dir.exists():
-            clock.write_text(json.dumps({"minutes": used + (time.monotonic() - began) / 60}))
+            now = {"cpu_minutes": sum(used.values()) / 60, "minutes": (time.monotonic() - began) / 60}
+            kept.write_text(json.dumps({name: before[name] + now[name] for name in now}))
     if code not in (0, INTERRUPTED):
         sys.exit(code)
+
+
+def ended(process: "subprocess.Popen[bytes]") -> int | None:
+    """The exit code, or None after a second in which the process did not end."""
+    try:
+        return process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def cpu_seconds(root: int) -> dict[int, float]:
+    """CPU seconds of a process and of all that descend from it, by process id. One that is gone is left out: who
+    asks often keeps what it had last."""
+    found = {}
+    with suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+    return found
 
 
 def export(root: Path, stage: str, to: Path) -> None:
