@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from rlhf.algorithms import RunState, ScoreAlgorithm
+from rlhf.algorithms.ranked import answer_row, ranked_batch
 from rlhf.config import PairwiseRankerConfig
 from rlhf.experience import RANK, Group, Row, TrainBatch
-from rlhf.metrics import mean_of, total
 from rlhf.ops.microbatch import LossSums, MicroBatch, Scores
 from rlhf.ops.ranking import last_scores, order_likelihood, ranked_pairs
 
@@ -39,24 +39,9 @@ def prepare(groups: Sequence[Group], state: RunState) -> tuple[TrainBatch, RunSt
             raise ValueError(f"prompt {group.prompt.id}: not the two orders of one comparison, with ranks 0 and 1")
         if np.array_equal(group.samples[0].token_ids, group.samples[1].token_ids):
             continue
-        for rank, sample in enumerate(group.samples):
-            length = len(sample.token_ids)
-            rows.append(
-                Row(
-                    unit=kept,
-                    prompt_ids=group.prompt.token_ids,
-                    completion_ids=sample.token_ids,
-                    loss_mask=np.ones(length, dtype=np.bool_),
-                    temperature=1.0,
-                    tokens={RANK: np.full(length, rank, dtype=np.float32)},
-                )
-            )
+        rows += [answer_row(kept, group, sample, {RANK: rank}) for rank, sample in enumerate(group.samples)]
         kept += 1
-    measured = {
-        "completion/length_mean": mean_of(float(len(row.completion_ids)) for row in rows),
-        "groups/dropped": total(len(groups) - kept),
-    }
-    return TrainBatch(tuple(rows), "units", measured), state
+    return ranked_batch(rows, len(groups) - kept), state
 
 
 def loss(config: PairwiseRankerConfig, outputs: Scores, batch: MicroBatch) -> LossSums:

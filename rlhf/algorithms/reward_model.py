@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 
 from rlhf.algorithms import RunState, ScoreAlgorithm
+from rlhf.algorithms.ranked import answer_row, ranked_batch
 from rlhf.config import RewardModelConfig
-from rlhf.experience import RANK, Floats, Group, Row, TrainBatch
-from rlhf.metrics import mean_of, total
+from rlhf.experience import RANK, Group, Row, TrainBatch
 from rlhf.ops.microbatch import LossSums, MicroBatch, Scores
 from rlhf.ops.ranking import bradley_terry, centring, last_scores, ranked_pairs
 
@@ -42,23 +42,9 @@ def prepare(config: RewardModelConfig, groups: Sequence[Group], state: RunState)
             continue
         margin = _margin(group, config.margin_column)
         for sample, rank in zip(group.samples, ranks, strict=True):
-            length = len(sample.token_ids)
-            rows.append(
-                Row(
-                    unit=kept,
-                    prompt_ids=group.prompt.token_ids,
-                    completion_ids=sample.token_ids,
-                    loss_mask=np.ones(length, dtype=np.bool_),  # the score is of the whole answer, tool tokens included
-                    temperature=1.0,
-                    tokens={RANK: _constant(rank, length), MARGIN: _constant(margin, length)},
-                )
-            )
+            rows.append(answer_row(kept, group, sample, {RANK: rank, MARGIN: margin}))
         kept += 1
-    measured = {
-        "completion/length_mean": mean_of(float(len(row.completion_ids)) for row in rows),
-        "groups/dropped": total(len(groups) - kept),
-    }
-    return TrainBatch(tuple(rows), "units", measured), state
+    return ranked_batch(rows, len(groups) - kept), state
 
 
 def loss(config: RewardModelConfig, outputs: Scores, batch: MicroBatch) -> LossSums:
@@ -106,7 +92,3 @@ def _margin(group: Group, column: str | None) -> float:
             f"{found!r}, expected a number"
         )
     return float(found)
-
-
-def _constant(value: float, length: int) -> Floats:
-    return np.full(length, value, dtype=np.float32)

@@ -24,8 +24,9 @@ from rlhf.learner.build import build_critic_engine
 from rlhf.learner.collate import collate
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
 from rlhf.learner.reach import GradientReach
-from rlhf.learner.schedule import learning_rate, steps_before
+from rlhf.learner.schedule import steps_before
 from rlhf.learner.state import CRITIC_FOLDER, LEARNER_FILE
+from rlhf.learner.step import optimizer_step
 from rlhf.metrics import Metrics
 
 
@@ -119,13 +120,11 @@ class CriticLearner:
         settings = self._settings
         planned = plan(units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
         parts = [self._accumulate(micro, columns, count) for micro in planned[self._rank]]
-        lr = learning_rate(settings, done, self._config.loop.num_steps * settings.epochs * settings.minibatches)
-        step = self._engine.step(lr)
-        if not step.applied:
+        stepped = optimizer_step(self._engine, self._reach, settings, done, self._config.loop.num_steps, "value/")
+        if stepped is None:
             return {"faults/nonfinite_step": metrics.total(1)} if self._rank == 0 else {}
-        self._reach.check(step.grad_norm)
         if self._rank == 0:
-            parts.append({"value/grad_norm": metrics.mean(step.grad_norm, 1), "value/lr": metrics.last(lr)})
+            parts.append(stepped)
         return metrics.merge(parts)
 
     def _accumulate(self, micro: Sequence[Unit], columns: Sequence[str], count: int) -> Metrics:

@@ -37,8 +37,9 @@ from rlhf.learner.judged import judged
 from rlhf.learner.mismatch import mismatch, staleness
 from rlhf.learner.plan import Unit, count_of, minibatches, plan, units_of
 from rlhf.learner.reach import GradientReach
-from rlhf.learner.schedule import learning_rate, steps_before
+from rlhf.learner.schedule import steps_before
 from rlhf.learner.state import CRITIC_FOLDER, LEARNER_FILE
+from rlhf.learner.step import optimizer_step
 from rlhf.metrics import Metrics
 from rlhf.models.load import load_tokenizer
 from rlhf.models.policy import PolicyModel, probe_inputs
@@ -279,13 +280,11 @@ class PolicyLearner:
         for drawn in counted:
             planned = plan(drawn.units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
             parts += [self._accumulate(micro, drawn, measure=first_pass) for micro in planned[self._rank]]
-        lr = learning_rate(settings, done, self._config.loop.num_steps * settings.epochs * settings.minibatches)
-        step = self._engine.step(lr)
-        if not step.applied:
+        stepped = optimizer_step(self._engine, self._reach, settings, done, self._config.loop.num_steps)
+        if stepped is None:
             return {"faults/nonfinite_step": metrics.total(1)} if self._rank == 0 else {}
-        self._reach.check(step.grad_norm)
         if self._rank == 0:
-            parts.append({"grad_norm": metrics.mean(step.grad_norm, 1), "lr": metrics.last(lr)})
+            parts.append(stepped)
         return metrics.merge(parts)
 
     def _accumulate(self, micro: Sequence[Unit], drawn: "_Drawn", *, measure: bool) -> Metrics:
