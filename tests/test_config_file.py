@@ -132,6 +132,18 @@ def test_checks_across_keys(tmp_path: Path) -> None:
         ("- 1\n- 2\n", "found a list at the top"),
         ("", "found nothing at the top"),
         ("? [a]\n: 1\n", "a key must be a plain word"),
+        ("seed: 1\n3: 2\n", "line 2, column 1: not valid YAML: a key must be text, found 3; one that is meant so"),
+        ("reward: {parts: {yes: {weight: 1}}}\n", "a key must be text, found yes"),
+        ("seed: &a [*a]\n", "more than 100,000 values; expected fewer, and no alias (*name) that contains itself"),
+        ("model: &a {name: tiny, lora: *a}\n", "no alias (*name) that contains itself"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+            ),
+            "more than 100,000 values",
+        ),
+        ("seed: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("seed: !!python/object:os.system 1\n", "not valid YAML"),
     ],
 )

@@ -4,6 +4,7 @@ Not covered: hub data sets, which need a network.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def test_limit_and_split_errors(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"prompt": "x"}\n[1]\n', r"a.jsonl:2: found '\[1\]'; expected one JSON object"),
         ("a.jsonl", b'{"prompt": "x"}\n\xff\n', "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "a.jsonl:1: .*the key 'prompt' stands twice"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\uD83d"}\n', r"a.jsonl:2: .*'.ud83d' is half a character"),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "a.jsonl:1: not a JSON object: maximum recursion"),
+        ("a.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", "a.jsonl:1: not a JSON object: Exceeds the limit"),
+        ("a.json", b'[{"prompt": "x", "prompt": "y"}]', "a.json: .*the key 'prompt' stands twice"),
+        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: the column 'prompt' stands twice"),
         ("a.json", b'{"prompt": "x"}', "expected a list of objects"),
         ("a.json", b'{"prompt"', "not valid JSON"),
         ("a.parquet", b"nonsense", "cannot be read as parquet"),
@@ -104,6 +111,32 @@ def test_unreadable_files_name_the_place(tmp_path: Path, name: str, content: byt
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=expected):
         load_rows(settings(path=str(tmp_path / name)))
+
+
+def test_whole_characters_beyond_the_basic_plane_are_read(tmp_path: Path) -> None:
+    """Both halves of a surrogate pair are one character in JSON; a backslash before "ud" is text."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\\ud83d\\ude00"}\n{"prompt": "C:\\\\udder"}\n')
+    assert [record.columns["prompt"] for record in load_rows(settings(path=str(tmp_path / "a.jsonl")))] == [
+        "\N{GRINNING FACE}",
+        "C:\\udder",
+    ]
+
+
+def test_columns_of_one_name_links_to_nothing_and_pipes(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, expected in [
+        ("a.parquet", "the column 'prompt' stands twice"),
+        ("link.jsonl", "a link to .*nowhere.jsonl, which is not there"),
+        ("pipe.jsonl", "a device or a pipe; expected a file"),
+    ]:
+        with pytest.raises(BadInput, match=expected):
+            load_rows(settings(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +199,18 @@ def test_templates_and_system_prompts() -> None:
         PromptSet(records(asked), bare, settings(chat_template=True), 0, encoder=False)
     with pytest.raises(BadInput, match=r"data.system_prompt needs a chat template, but data.chat_template is false"):
         PromptSet(records("w1"), tokenizer, settings(system_prompt="w5"), 0, encoder=False)
+    for nothing in ("", " {# all of it is a comment #}"):
+        with pytest.raises(BadInput, match=r"rows.jsonl:1: the model's chat template writes nothing"):
+            PromptSet(
+                records("w1"),
+                make_tokenizer(adds_bos=True, template=nothing),
+                settings(chat_template=True),
+                0,
+                encoder=False,
+            )
+    endless = make_tokenizer(adds_bos=False, template="{% for i in range(99999999) %}x{% endfor %}")
+    with pytest.raises(BadInput, match=r"rows.jsonl:1: the model's chat template refuses .*Range too big"):
+        PromptSet(records("w1"), endless, settings(chat_template=True), 0, encoder=False)
     refusing = make_tokenizer(adds_bos=False, template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadInput, match=r"rows.jsonl:1: .*roles must alternate"):
         PromptSet(records("w1"), refusing, settings(chat_template=True), 0, encoder=False)

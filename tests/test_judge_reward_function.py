@@ -54,6 +54,44 @@ def nan(prompts, completions):
 def nothing(prompts, completions):
     pass
 
+def unordered(prompts, completions):
+    return {1.0, 2.0, 3.0}
+
+def endless(prompts, completions):
+    while True:
+        yield 1.0
+
+def changes_its_lists(prompts, completions):
+    completions.clear()
+    return []
+
+def huge(prompts, completions):
+    return [1.0, 2.0, -1e30]
+
+def huge_whole(prompts, completions):
+    return [1.0, 10**400, 1.0]
+
+def interrupts(prompts, completions):
+    raise KeyboardInterrupt("by itself")
+
+def half_a_character(prompts, completions):
+    raise ValueError("\\ud83d")
+
+def closes(prompts, completions):
+    os.closerange(3, 64)
+    Path(PROBE / "pid").write_text(str(os.getpid()))
+    while True:
+        pass
+
+async def later(prompts, completions):
+    return [1.0] * len(completions)
+
+def one_argument(prompts):
+    return []
+
+def asks(prompts, completions, answer, *, kind, completion_ids, weight=1.0):
+    return [1.0] * len(completions)
+
 def talks(prompts, completions):
     print("printed by the function")
     os.write(1, b"\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02{}")
@@ -190,12 +228,32 @@ def test_an_error_carries_the_functions_traceback_and_the_samples(judge_with, gr
         ("word", "value for sample 1 is 'good' of type str"),
         ("nan", "value for sample 1 is nan"),
         ("nothing", "returned a NoneType, expected a list of 3 numbers or None"),
+        ("unordered", "returned a set, expected a list of 3"),
+        ("endless", "returned more than 3 values for 3 completions"),
+        ("changes_its_lists", "returned 0 values for 3 completions"),
+        ("huge", "value for sample 2 is -1e.30, too large to learn from"),
+        ("huge_whole", "value for sample 1 is inf"),
     ],
 )
 def test_wrong_answers_are_named(judge_with, group_of, name, said, isolate):
     """Never padded, cut, or turned into a number."""
     with pytest.raises(JudgeFailed, match=said):
         judge_with(name, isolate).judge(group_of(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("interrupts", r"raised:\n[\s\S]*KeyboardInterrupt: by itself"),
+        ("half_a_character", r"raised:\n[\s\S]*ValueError: \\ud83d"),
+        ("closes", "closed the channel to its parent, and was killed"),
+    ],
+)
+def test_what_only_a_process_of_its_own_survives_is_named(judge_with, group_of, name, said):
+    """Ctrl-C's exception raised by the function itself, a text that no ledger takes, and a channel that it closed."""
+    with pytest.raises(JudgeFailed, match=said) as failure:
+        judge_with(name).judge(group_of(1))
+    failure.value.reason.encode()
 
 
 def test_prints_do_not_enter_the_answers(judge_with, group_of, capfd):
@@ -305,6 +363,8 @@ def wait_for(condition):
         ("rlhf.no_such_part:f", "there is no module rlhf.no_such_part"),
         ("{broken}:f", r"importing .*broken.py failed:[\s\S]*ZeroDivisionError"),
         ("{leaves}:f", "ended the process with exit code 5"),
+        ("{file}:later", "later is async, and is called as a plain function"),
+        ("{file}:one_argument", r"one_argument takes \(prompts\), and is called as f\(prompts, completions"),
     ],
 )
 def test_bad_functions_are_refused_before_the_run(rewards, spec, said):
@@ -318,6 +378,19 @@ def test_bad_functions_are_refused_before_the_run(rewards, spec, said):
         for isolate in (True, False):
             with pytest.raises(BadInput, match=said):
                 RewardFunctionJudge(RewardConfig(function=function, isolate=isolate)).setup()
+
+
+def test_an_import_that_interrupts_itself_is_named(tmp_path):
+    """Only the worker's process may take KeyboardInterrupt for an error of the module: here it is somebody's Ctrl-C."""
+    (tmp_path / "interrupts.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(BadInput, match=r"importing .*interrupts.py:f failed:[\s\S]*KeyboardInterrupt"):
+        check_reward_function(f"{tmp_path / 'interrupts.py'}:f", "reward.function")
+
+
+def test_the_check_names_the_columns_that_a_function_asks_for(rewards):
+    """Arguments with a default, the token ids and **columns are not asked for."""
+    assert check_reward_function(f"{rewards}:asks", "reward.function") == {"answer", "kind"}
+    assert check_reward_function(f"{rewards}:sees_all", "reward.function") == frozenset()
 
 
 def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):

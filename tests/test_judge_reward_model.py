@@ -209,6 +209,11 @@ def test_a_model_without_a_scalar_head_is_refused_before_the_run(tiny_reward: Pa
         check_reward_model(str(headless), "reward.model", fetch=False)
     with pytest.raises(BadInput, match="2 outputs"):
         check_reward_model(str(two), "reward.model", fetch=False)
+    config = json.loads((two / "config.json").read_text())
+    for nonsense in ({"id2label": 3}, {"architectures": "Llama"}, {"architectures": [None]}):
+        (two / "config.json").write_text(json.dumps(config | nonsense))
+        with pytest.raises(BadInput, match=r"reward.model: .*; expected a sequence classifier with one label"):
+            check_reward_model(str(two), "reward.model", fetch=False)
     with pytest.raises(BadInput, match="lacks tensors"):
         load_score_model(ModelConfig(name=str(headless)), "float32")
 

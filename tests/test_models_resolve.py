@@ -13,7 +13,9 @@ import pytest
 from rlhf.config import ModelConfig
 from rlhf.errors import BadInput
 from rlhf.models.load import load_model, load_tokenizer, stop_ids
+from rlhf.models.own_code import check_readable
 from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
+from rlhf.models.score_head import check_language_model
 
 
 @pytest.fixture
@@ -110,6 +112,66 @@ def test_folder_that_is_no_model_is_refused_with_what_it_lacks(
         (tmp_path / name).write_text(content)
     with pytest.raises(BadInput, match=expected):
         check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("model.safetensors", b"\x06\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff", "no readable header .*UnicodeDecodeError"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0}{", "no readable header .*JSONDecodeError"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "no readable header .*AttributeError"),
+        ("model.safetensors", b'\x09\0\0\0\0\0\0\0{"a": {}}', "no readable header .*KeyError"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 3, "b": "c"}}', "names the shard 3"),
+        ("generation_config.json", b"{", "generation_config.json is not JSON"),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "generation_config.json: eos_token_id is '</s>'"),
+        ("config.json", b'{"eos_token_id": [1, null]}', r"config.json: eos_token_id is \[1, None\]; expected a whole"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(tmp_path: Path, file: str, content: bytes, expected: str) -> None:
+    for name, text in {"config.json": "{}", "tokenizer.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(BadInput, match=expected):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("config.json", {"model_type": "unheard-of"}, "cannot read config.json of .*unheard-of"),
+        ("config.json", {"max_position_embeddings": "8"}, "cannot read config.json of .*max_position_embeddings"),
+        ("tokenizer.json", {"added_tokens": None}, "cannot read the tokenizer of"),
+        ("tokenizer_config.json", {"eos_token": None, "pad_token": None}, "has no EOS token"),
+    ],
+)
+def test_files_that_transformers_cannot_read_are_bad_input(
+    tmp_path: Path, file: str, changes: dict[str, object], expected: str
+) -> None:
+    """Found before weights are loaded or actors start; None: the entry is taken out. The whole folder passes."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    check_readable(str(folder), "reward.model", trust_remote_code=False)
+    content = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(BadInput, match=f"reward.model: .*{expected}"):
+        check_readable(str(folder), "reward.model", trust_remote_code=False)
+
+
+def test_a_model_that_scores_is_no_policy(tmp_path: Path) -> None:
+    """With tied embeddings transformers would load it without a word about the head that it leaves out."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(BadInput, match=r"model.name: .* is a reward model or ranker \(LlamaForSequenceClassification"):
+        check_language_model(str(tmp_path), "model.name")
+    check_language_model(str(resolve("tiny")), "model.name")
+
+
+def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    with pytest.raises(BadInput, match=r"lacks tensors, or has them in another shape: .*embed_tokens"):
+        load_model(ModelConfig(name=str(folder)), "float32")
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "./not/here", "no such name"])

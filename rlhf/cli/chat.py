@@ -1,19 +1,26 @@
 """`rlhf chat`: a conversation with a model, or with the policy of a run, on a terminal or through a pipe."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from rlhf.cli.before_after import printable
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.export import newest_policy
 from rlhf.cli.run_directory import CONFIG_FILE
+from rlhf.config import ModelConfig
+from rlhf.errors import BadInput
 from rlhf.models.resolve import check_model, resolve
+from rlhf.models.score_head import check_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PLACE = "RUN_DIR_OR_MODEL"
 HINT = "empty line or Ctrl-D: end; /new: forget the conversation"
 
 
@@ -26,18 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_numbers(arguments)
     folder = _folder(arguments.model)
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from rlhf.models.load import language_model
-    from rlhf.models.own_code import check_own_code
+    from rlhf.models.load import load_model, load_tokenizer
+    from rlhf.models.own_code import check_own_code, check_readable
 
-    check_own_code(str(folder), "RUN_DIR_OR_MODEL", trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = language_model(settings).from_pretrained(folder, trust_remote_code=False, weights_only=True)
-    model.train(False)
+    check_language_model(str(folder), PLACE)
+    check_own_code(str(folder), PLACE, trust_remote_code=False)
+    check_readable(str(folder), PLACE, trust_remote_code=False)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
+    half = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype in (torch.bfloat16, torch.float16)
+    model = load_model(ModelConfig(name=str(folder)), "bfloat16" if half else "float32")
     torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     conversation = list(opening)
@@ -69,7 +78,10 @@ def reply(
         text = "\n".join(turn["content"] for turn in conversation) + "\n"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        try:
+            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise BadInput(f"{PLACE}: the model's chat template refuses this conversation: {error}") from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
@@ -78,6 +90,15 @@ def reply(
         )
     said = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
     return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 or more")
+    if not (arguments.temperature >= 0 and math.isfinite(arguments.temperature)):
+        raise BadInput(f"--temperature {arguments.temperature:g}: expected a number of 0 (greedy) or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise BadInput(f"--seed {arguments.seed}: expected a whole number from 0 to 2^63 - 1")
 
 
 def _folder(name: str) -> Path:

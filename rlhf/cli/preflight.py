@@ -9,17 +9,15 @@ import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rlhf.cli.preflight_rows import check_columns, check_reward, usable_rows
 from rlhf.cluster import Cluster
-from rlhf.config import DataConfig, PpoConfig, RewardConfig, RunConfig
-from rlhf.data.conversations import content_of
+from rlhf.config import PpoConfig, RunConfig
 from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
-from rlhf.judges.post import read_token
-from rlhf.judges.reward_function import check_reward_function
 from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
-from rlhf.models.score_head import check_reward_model
+from rlhf.models.score_head import check_language_model, check_reward_model
 from rlhf.storage import Storage
 
 if TYPE_CHECKING:
@@ -43,18 +41,19 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
     """The part that any machine can check, whatever is installed on it: cluster file against run file, the rows'
     columns, reward function or model, the settings against the kind of model. Reads config.json of the model."""
     _check_cluster(config, cluster)
-    records = load_rows(config.data)
-    if config.records == "prompts":
-        for record in records:
-            content_of(record, config.data.prompt_column)
-    else:
-        read_examples(records, config.data, config.records)
+    rows = usable_rows(config)
     if config.mix is not None and config.mixed_records is not None:
-        read_examples(load_rows(config.mix.data), config.mix.data, config.mixed_records)
+        try:
+            read_examples(load_rows(config.mix.data), config.mix.data, config.mixed_records)
+        except BadInput as error:
+            raise BadInput(f"mix: {error}") from error
+    check_columns(config, rows)
     if config.reward is not None:
-        check_reward(config.reward)
+        check_reward(config.reward, rows)
     if isinstance(config.algorithm, PpoConfig) and config.algorithm.critic.init != "policy":
         check_reward_model(config.algorithm.critic.init, CRITIC_INIT, fetch=False)
+    if config.algorithm.name not in ("reward_model", "pairwise_ranker"):
+        check_language_model(config.model.name, "model.name")
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
 
@@ -103,24 +102,6 @@ def check_generate_only(config: RunConfig, steps: int) -> None:
         )
 
 
-def check_reward(reward: RewardConfig) -> None:
-    """Functions, the config of reward models, tokens of servers, and the rows of the reference answers."""
-    for key, source in reward.sources().items():
-        if source.function is not None:
-            check_reward_function(source.function, f"{key}.function")
-        if source.model is not None:
-            check_reward_model(source.model, f"{key}.model", fetch=False)
-        if source.ranker is not None:
-            check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=False)
-        read_token(source.token_env, f"{key}.token_env")
-    if reward.reference is not None:
-        data = DataConfig(**reward.reference.model_dump(), format="prompt_completion", bad_rows="drop")
-        try:
-            read_examples(load_rows(data), data, "demonstrations")
-        except BadInput as error:
-            raise BadInput(f"reward.reference: {error}") from error
-
-
 def check_prompts(config: RunConfig) -> "Prompts":
     """Templates, lengths, the held-out split, and whether prompt and completion fit the model; returns the prompts, or
     the preferences or demonstrations."""
@@ -141,12 +122,13 @@ def check_prompts(config: RunConfig) -> "Prompts":
 
 def _check_models(config: RunConfig, scorers: Mapping[str, str]) -> None:
     """Fetches the models of a run; the code that they may bring, and their scalar heads."""
-    from rlhf.models.own_code import check_own_code
+    from rlhf.models.own_code import check_own_code, check_readable
 
     for key, name in scorers.items():
         check_reward_model(name, key, fetch=True)
     for key, name in {"model.name": config.model.name, **scorers}.items():
         check_own_code(name, key, trust_remote_code=config.model.trust_remote_code)
+        check_readable(name, key, trust_remote_code=config.model.trust_remote_code)
 
 
 def _scorers(config: RunConfig) -> dict[str, str]:

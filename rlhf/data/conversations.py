@@ -61,8 +61,13 @@ def render(content: Content, record: Record, tokenizer: "PreTrainedTokenizerBase
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise BadInput(f"{record.place}: the model's chat template refuses these messages: {error}") from error
+    if not str(text).strip():
+        raise BadInput(
+            f"{record.place}: the model's chat template writes nothing for {shown(messages)}; expected one that "
+            "holds the prompt, or data.chat_template=false"
+        )
     return str(text)
 
 

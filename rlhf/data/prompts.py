@@ -124,7 +124,7 @@ def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, encode
     The template may write a BOS, the tokenizer may add one, or both: only the result is looked at. What an encoder
     reads ends as the tokenizer ends a text (T5's with EOS); a decoder goes on with its prompt, so nothing is put there.
     """
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     if encoder and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
         encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     bos = tokenizer.bos_token_id

@@ -15,6 +15,7 @@ from rlhf.errors import BadInput
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Table
 
 READERS = {
     ".jsonl": "jsonl",
@@ -51,13 +52,18 @@ def load_rows(config: DataConfig) -> list[Record]:
         rows = _file(path)
     elif path.is_dir():
         rows = _folder(path, config.split)
+    elif path.exists():
+        raise BadInput(f"data.path={path}: neither a file nor a folder, but a device or a pipe; expected a file")
     else:
         rows = _hub(config)
     kept: list[Record] = []
-    for record in rows:
-        if len(kept) == config.limit:
-            break
-        kept.append(record)
+    try:
+        for record in rows:
+            if len(kept) == config.limit:
+                break
+            kept.append(record)
+    except OSError as error:
+        raise BadInput(f"data.path={config.path}: cannot be read: {error}") from error
     if not kept:
         raise BadInput(f"data.path={config.path}: the data set is empty; expected at least one row")
     return kept
@@ -77,7 +83,10 @@ def _file(path: Path) -> Iterator[Record]:
 def _folder(folder: Path, split: str) -> Iterator[Record]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _from_dataset(_saved(folder, split), str(folder))
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
+    try:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
+    except OSError as error:
+        raise BadInput(f"data.path={folder}: cannot be searched for data files: {error}") from error
     if not files:
         raise BadInput(
             f"data.path={folder}: no data files in the folder; expected {', '.join(READERS)}, or a saved data set"
@@ -106,8 +115,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                columns = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                columns = _parsed(line)
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}:{number}: not a JSON object: {error}; found {_start(line)}") from error
             if not isinstance(columns, dict):
                 raise BadInput(f"{path}:{number}: found {_start(line)}; expected one JSON object a line")
@@ -116,8 +125,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _json(path: Path) -> Iterator[Record]:
     try:
-        rows = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = _parsed(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON: {error}; a file with one object a line is called .jsonl") from error
     if not isinstance(rows, list):
         raise BadInput(f"{path}: found a {type(rows).__name__} at the top; expected a list of objects")
@@ -127,22 +136,52 @@ def _json(path: Path) -> Iterator[Record]:
         yield Record(columns, str(path), number)
 
 
+def _parsed(text: bytes) -> Any:
+    """What the JSON holds. Raises ValueError or RecursionError; also for what JSON allows and no row may have: a key
+    that stands twice, of which one value would be lost, and half a surrogate pair, which no tokenizer takes."""
+    value = json.loads(text, object_pairs_hook=_once)
+    if b"\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{error.object[error.start]!r} is half a character (a surrogate without its pair)"
+            ) from error
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
 def _arrow_backed(path: Path, reader: str) -> "Dataset":
     import pyarrow
     from datasets import Dataset
 
     try:
-        if reader == "parquet":
-            import pyarrow.parquet
-
-            return Dataset(pyarrow.parquet.read_table(path))
-        if reader == "csv":
-            import pyarrow.csv
-
-            return Dataset(pyarrow.csv.read_csv(path))
-        return Dataset.from_file(str(path))
+        if reader == "arrow":
+            return Dataset.from_file(str(path))
+        table = _table(path, reader)
+        repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+        if repeated:
+            raise BadInput(f"{path}: the column {repeated[0]!r} stands twice; expected names that differ")
+        return Dataset(table)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise BadInput(f"{path}: cannot be read as {reader}: {error}") from error
+
+
+def _table(path: Path, reader: str) -> "Table":
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    if reader == "csv":
+        return pyarrow.csv.read_csv(path)
+    with pyarrow.parquet.ParquetFile(path) as file:  # read_table would join columns of one name to others
+        return file.read()
 
 
 def _saved(folder: Path, split: str) -> "Dataset":
@@ -163,6 +202,8 @@ def _hub(config: DataConfig) -> Iterator[Record]:
     """A hub name. What can only be a path is not looked up: the hub's answer would hide the typing error."""
     name = config.path
     looked = f"looked in {Path.cwd()} and beside the run file"
+    if Path(name).is_symlink():
+        raise BadInput(f"data.path={name}: a link to {Path(name).readlink()}, which is not there")
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in READERS
     if looks_like_path or not name:
         raise BadInput(f"data.path={name}: no such file or folder ({looked})")

@@ -114,5 +114,5 @@ def _spoken(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", stop_ids: S
 def _render(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", record: Record, *, opening: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise BadInput(f"{record.place}: the model's chat template refuses these messages: {error}") from error

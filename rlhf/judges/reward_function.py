@@ -24,8 +24,9 @@ SHOWN_CHARACTERS = 80
 RESERVED = frozenset({"prompts", "completions", "completion_ids"})
 
 
-def check_reward_function(function: str, key: str) -> None:
-    """Raises BadInput, with the key, when it cannot be imported or is no function; takes at most about six seconds.
+def check_reward_function(function: str, key: str) -> frozenset[str]:
+    """The columns that it cannot be called without. Raises BadInput, with the key, when it cannot be imported or called
+    as a reward function; takes at most about six seconds.
 
     The import happens in a process of its own, which is ended again: nothing that the function needs is loaded here. An
     import that takes longer is not judged: `RewardFunctionJudge.setup` waits for it.
@@ -34,13 +35,14 @@ def check_reward_function(function: str, key: str) -> None:
     try:
         missing = worker.wait_ready(CHECK_TIMEOUT_S)
     except TimeoutError:
-        return
+        return frozenset()
     except WorkerGone as gone:
         raise BadInput(f"{key}: importing {function!r} ended the process with {gone.status}") from gone
     finally:
         worker.kill()
     if missing is not None:
         raise BadInput(f"{key}: {missing}")
+    return worker.needs
 
 
 class RewardFunctionJudge:

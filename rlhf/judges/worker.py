@@ -22,7 +22,8 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,10 @@ from typing import Any
 
 RewardFunction = Callable[..., Iterable[Any]]
 
+IMPORT_SYSTEM = "<frozen importlib"
 LENGTH = struct.Struct(">Q")
+# Learners compute in float32, whose largest number is 3.4e38; sums of squares of rewards must fit, too.
+LARGEST = 1e15
 
 
 class FunctionNotFound(Exception):
@@ -58,7 +62,34 @@ def load_function(spec: str) -> RewardFunction:
     if not callable(members[name]):
         raise FunctionNotFound(f"{name!r} in {place} is a {type(members[name]).__name__}, expected a function")
     function: RewardFunction = members[name]
+    _refuse_other_calls(function, spec)
     return function
+
+
+def needed_columns(function: RewardFunction) -> list[str]:
+    """The columns without which the function cannot be called, by their names in its signature."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (ValueError, TypeError):  # a callable written in C
+        return []
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in by_name if p.default is p.empty and p.name != "completion_ids"]
+
+
+def _refuse_other_calls(function: RewardFunction, spec: str) -> None:
+    """Raises FunctionNotFound unless f(prompts, completions, **columns) can return a list."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise FunctionNotFound(f"{spec} is async, and is called as a plain function; expected def without async")
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind_partial("prompts", "completions")
+    except TypeError as error:
+        raise FunctionNotFound(
+            f"{spec} takes {signature}, and is called as f(prompts, completions, **columns): {error}"
+        ) from error
 
 
 def call(
@@ -76,22 +107,24 @@ def call(
     offered = {**columns, "completion_ids": completion_ids}
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a callable written in C
+    except (ValueError, TypeError):  # a callable written in C
         accepted = offered
     else:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         named = {parameter.name for parameter in parameters}
         accepted = {name: value for name, value in offered.items() if takes_all or name in named}
-    return checked(function(prompts, completions, **accepted), len(completions))
+    expected = len(completions)  # before the call: the function may change its lists
+    return checked(function(prompts, completions, **accepted), expected)
 
 
 def checked(answer: Any, expected: int) -> list[float | None]:
     """The answer as one finite number or None for each of `expected` samples. Raises WrongAnswer."""
-    if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
+    if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):
         raise WrongAnswer(f"it returned a {type(answer).__name__}, expected a list of {expected} numbers or None")
-    values = list(answer)
+    values = list(islice(answer, expected + 1))  # a generator may have no end
     if len(values) != expected:
-        raise WrongAnswer(f"it returned {len(values)} values for {expected} completions")
+        more = f"more than {expected}" if not isinstance(answer, Sized) else len(answer)
+        raise WrongAnswer(f"it returned {more if values[expected:] else len(values)} values for {expected} completions")
     scores: list[float | None] = []
     for index, value in enumerate(values):
         if value is None:
@@ -102,9 +135,17 @@ def checked(answer: Any, expected: int) -> list[float | None]:
                 f"its value for sample {index} is {value!r} of type {type(value).__name__}, expected a number or None "
                 "(of a tensor, return .tolist())"
             )
-        if not math.isfinite(value):
-            raise WrongAnswer(f"its value for sample {index} is {float(value)}; a sample that cannot be scored is None")
-        scores.append(float(value))
+        try:
+            score = float(value)
+        except OverflowError:
+            score = math.inf
+        if not math.isfinite(score):
+            raise WrongAnswer(f"its value for sample {index} is {score}; a sample that cannot be scored is None")
+        if abs(score) > LARGEST:
+            raise WrongAnswer(
+                f"its value for sample {index} is {score:g}, too large to learn from; expected at most {LARGEST:g}"
+            )
+        scores.append(score)
     return scores
 
 
@@ -124,7 +165,10 @@ def error_text(error: BaseException, own_frames: int) -> str:
     frames = error.__traceback__
     for _ in range(own_frames):
         frames = frames.tb_next if frames is not None and frames.tb_next is not None else frames
-    return "".join(traceback.format_exception(type(error), error, frames))
+    told = traceback.TracebackException(type(error), error, frames)
+    told.stack = traceback.StackSummary.from_list([f for f in told.stack if not f.filename.startswith(IMPORT_SYSTEM)])
+    # Half a character, which neither JSON's readers nor the ledger take, is shown by its number.
+    return "".join(told.format()).encode("utf-8", "backslashreplace").decode()
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
@@ -193,7 +237,10 @@ def main(arguments: Sequence[str]) -> None:
         except FunctionNotFound as error:
             send(channel, json.dumps({"missing": str(error)}).encode())
             return
-        send(channel, json.dumps({"ready": True}).encode())
+        except BaseException as error:  # noqa: BLE001  nobody interrupts this process but the module that it imports
+            send(channel, json.dumps({"missing": f"importing {spec} failed:\n{error_text(error, 1)}"}).encode())
+            return
+        send(channel, json.dumps({"needs": needed_columns(function)}).encode())
         while True:
             try:
                 request = receive(channel)
@@ -206,8 +253,8 @@ def _answer(function: RewardFunction, request: bytes) -> dict[str, Any]:
     try:
         return {"scores": call(function, *pickle.loads(request))}
     except WrongAnswer as error:
-        return {"wrong": str(error)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises goes to the parent, with its traceback
+        return {"wrong": str(error).encode("utf-8", "backslashreplace").decode()}
+    except BaseException as error:  # noqa: BLE001  whatever the user's code raises goes to the parent, with its traceback
         return {"raised": error_text(error, 2)}
 
 

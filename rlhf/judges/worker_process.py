@@ -4,6 +4,7 @@ started."""
 import json
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from rlhf.judges.worker import receive, send
 
 # What subprocess and the worker's own messages write goes where this process's stderr goes, prints of the function too.
 STDERR = 2
+# A process whose end of the channel is closed is about to end, and its exit code says more than our signal would.
+ENDING_S = 2.0
 
 
 class WorkerGone(Exception):
@@ -49,14 +52,17 @@ class WorkerProcess:
             )
         os.close(lifeline)
         self._open = True
+        self.needs: frozenset[str] = frozenset()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def wait_ready(self, timeout_s: float) -> str | None:
-        """None when the function is imported, else what is wrong with it. Raises TimeoutError, WorkerGone."""
+        """None when the function is imported, else what is wrong with it. `needs` then holds the columns without which
+        it cannot be called. Raises TimeoutError, WorkerGone."""
         answer = self._receive(time.monotonic() + timeout_s)
+        self.needs = frozenset(answer.get("needs", ()))
         missing: str | None = answer.get("missing")
         return missing
 
@@ -91,9 +97,13 @@ class WorkerProcess:
         return answer
 
     def _ended(self) -> str:
-        """How the process ended, without reaping it; one that only closed its channel is killed, to wait for
-        nothing."""
+        """How the process ended, without reaping it; one that only closed its channel is killed."""
+        descriptor = os.pidfd_open(self._process.pid)
+        ended = select.select([descriptor], [], [], ENDING_S)[0]
+        os.close(descriptor)
         os.killpg(self._process.pid, signal.SIGKILL)
+        if not ended:
+            return "an answer owed: it closed the channel to its parent, and was killed"
         found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         if found is None:
             return "no known cause"

@@ -124,6 +124,7 @@ def _from_folder(
         loaded: tuple[PreTrainedModel, dict[str, list[str]]] = language_model(settings).from_pretrained(
             folder, config=settings, dtype=DTYPES[dtype], attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code, weights_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # load_model names the tensors
             quantization_config=nf4(DTYPES[dtype]) if packed else None, device_map={"": device} if packed else None,
         )  # fmt: skip
     except (ValueError, ImportError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from rlhf.errors import BadInput
-from rlhf.models.resolve import resolve
+from rlhf.models.resolve import BUILT, resolve
 
 FILES = ("config.json", "tokenizer_config.json")
 
@@ -25,6 +25,31 @@ def check_own_code(name: str, key: str, *, trust_remote_code: bool) -> None:
     with own_code_refused(folder, key):
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_readable(name: str, key: str, *, trust_remote_code: bool) -> None:
+    """Raises BadInput, with the key of the model, unless transformers makes a config of its files, and a tokenizer
+    with an EOS token. Loads no weights."""
+    if name in BUILT:
+        return
+    folder = resolve(name)
+    with _unreadable_refused(folder, key, "config.json"):
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _unreadable_refused(folder, key, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"{key}: the tokenizer of {name} has no EOS token, so no completion could ever end")
+
+
+@contextmanager
+def _unreadable_refused(folder: Path, key: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers has no error of its own for this: any of a dozen types rises
+        lines = str(error).strip().splitlines() or [""]
+        raise BadInput(
+            f"{key}: transformers cannot read {what} of {folder}: {type(error).__name__}: {' '.join(lines[:2])}"
+        ) from error
 
 
 @contextmanager

@@ -97,7 +97,9 @@ def check_folder(folder: Path) -> None:
         raise BadInput(
             f"model.name: {folder} has no config.json, so it is not a model folder; it holds {_listing(folder)}"
         )
-    _read_json(folder / "config.json")
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _check_eos(folder / name)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise BadInput(f"model.name: {folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
@@ -112,14 +114,22 @@ def check_folder(folder: Path) -> None:
     )
 
 
+def _check_eos(file: Path) -> None:
+    """Raises BadInput unless the file is JSON and the tokens in it that end a completion, if any, are numbers."""
+    eos = _read_json(file).get("eos_token_id")
+    found = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(type(token) is int for token in found):
+        raise BadInput(f"model.name: {file}: eos_token_id is {eos!r}; expected a whole number, or a list of them")
+
+
 def _check_shards(folder: Path, index: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"model.name: {index} has no weight_map, which says which shard holds which tensor")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if Path(shard).name != shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise BadInput(f"model.name: {index} names the shard {shard!r}; expected a file beside it")
+    shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         tensors = sum(shard in missing for shard in weight_map.values())
@@ -142,8 +152,14 @@ def _check_weights(file: Path) -> None:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > size - 8:
             raise BadInput(f"model.name: {file} is not a whole safetensors file: {size} bytes. Download it again")
-        header = json.loads(stream.read(header_size))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        text = stream.read(header_size)
+    try:
+        header = json.loads(text)
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"model.name: {file} has no readable header of safetensors ({error!r}). Download it again"
+        ) from error
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise BadInput(f"model.name: {file} has {size} bytes, its header says {expected}. Download it again")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import BadInput
-from rlhf.models.resolve import BUILT, check_model, resolve
+from rlhf.models.resolve import BUILT, check_model, read_config, resolve
 
 EXPECTED = (
     "expected a sequence classifier with one label: a folder that a run of algorithm reward_model wrote, or one that "
@@ -32,13 +32,24 @@ def check_reward_model(name: str, key: str, *, fetch: bool) -> None:
         check_score_head(folder, key)
 
 
+def check_language_model(name: str, key: str) -> None:
+    """Raises BadInput for a model that scores: with tied embeddings it would pass for one that writes."""
+    if name in BUILT:
+        return
+    kinds = read_config(name).get("architectures")
+    if isinstance(kinds, list) and any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+        raise BadInput(f"{key}: {name} is a reward model or ranker ({kinds[0]}); expected a language model")
+
+
 def check_score_head(folder: Path, key: str) -> None:
     """Raises BadInput unless config.json names a sequence classifier with one label and the weights hold its head."""
     config = json.loads((folder / "config.json").read_text())
     kinds = config.get("architectures") or ["no architecture"]
-    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    if not kinds[0].endswith("ForSequenceClassification"):
-        raise BadInput(f"{key}: {folder}/config.json names {kinds[0]}, which has no scalar head; {EXPECTED}")
+    names = config.get("id2label")
+    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
+    kind = str(kinds[0] if isinstance(kinds, list) else kinds)
+    if not kind.endswith("ForSequenceClassification"):
+        raise BadInput(f"{key}: {folder}/config.json names {kind}, which has no scalar head; {EXPECTED}")
     if labels != 1:
         raise BadInput(f"{key}: the head of {folder} has {labels} outputs (labels in config.json); {EXPECTED}")
     shapes = _shapes(folder)
