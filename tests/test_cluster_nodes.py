@@ -286,8 +286,9 @@ def test_the_trainer_leaves_a_drained_node_if_it_can_and_stays_if_it_cannot(
     assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "alone")["trained"] == steps * 4
     seen(
         "trainer drained",
-        f"- `ray drain-node` for the trainer's node, another one free: the first step on that one was done "
-        f"{moved_s:.0f} s later; no step was trained twice, no prompt leased twice, and the end was that of one process, bitwise.\n"
+        "- `ray drain-node` for the trainer's node, another one free: the first step on that one was done "
+        f"{moved_s:.0f} s later; no step was trained twice, no prompt leased twice, and the end was that of one "
+        "process, bitwise.\n"
         "- The same with no other node: the run went on, moved when one came, and the next time, when none did, went "
         "back to the checkpoint of the notice after its node had died.",
     )
