@@ -15,6 +15,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
 from ray.actor import ActorHandle
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -24,6 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.capacity import Asked, Node, in_words, missing, rank_order, report, taken_by, total
+from actors.joining import REACH_S, reach
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
 from rlhf.cluster import Cluster, Ranks, Role
@@ -69,6 +71,7 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         yield
         return
     if cluster.address != "local":
+        reach(cluster.address, REACH_S)
         with _joined(cluster.address):
             yield
         return
@@ -113,11 +116,12 @@ def _joined(address: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except (ConnectionError, AuthenticationError) as error:
+        why = (str(error.__cause__ or "").strip() or str(error).strip()).splitlines()[-1]
         raise BadInput(
-            f"cluster file: address={address}: no Ray cluster lets this run join: {error}. Expected the address of one "
+            f"cluster file: address={address}: no Ray cluster lets this run join: {why}. Expected the address of one "
             "that runs, and its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; `ray get-auth-token` on the head "
-            "prints it"
+            "prints it. RAY_AUTH_MODE=disabled for one that asks for none"
         ) from error
     signal.signal(signal.SIGTERM, before)
     try:
