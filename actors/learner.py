@@ -9,6 +9,7 @@ from ray.actor import ActorHandle
 
 from actors import waiting
 from actors.heartbeat import Pulses
+from actors.notices import Notices
 from actors.ranks import RankGroup
 from rlhf import metrics
 from rlhf.errors import RunFailed, TrainerDied
@@ -28,9 +29,16 @@ class RemoteLearner:
     life for lifeless_s counts as dead."""
 
     def __init__(
-        self, policy: RankGroup, critic: RankGroup | None, timeout_s: float, lifeless_s: float, *, annotates: bool
+        self,
+        policy: RankGroup,
+        critic: RankGroup | None,
+        notices: Notices,
+        timeout_s: float,
+        lifeless_s: float,
+        *,
+        annotates: bool,
     ) -> None:
-        self._policy = policy
+        self._policy, self._notices = policy, notices
         self._trained = [policy] if critic is None else [policy, critic]
         self._timeout_s = timeout_s
         self._annotates = annotates
@@ -77,6 +85,17 @@ class RemoteLearner:
 
     def save(self, folder: Path) -> None:
         self._all(self._ask(lambda rank: rank.save.remote(folder)), f"saving to {folder}")
+
+    def notice(self) -> bool:
+        return self._notices.due()
+
+    def move(self, folder: Path) -> bool:
+        """All ranks of both are started anew, also those whose node stays: they go on from one checkpoint together."""
+        if not self._notices.found_places():
+            return False
+        self._dead = True
+        self.load(folder)
+        return True
 
     def load(self, folder: Path | None) -> None:
         if self._dead:

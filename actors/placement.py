@@ -15,6 +15,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
 from ray.actor import ActorHandle
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -24,6 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.capacity import Asked, Node, in_words, missing, rank_order, report, taken_by, total
+from actors.joining import REACH_S, reach
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
 from rlhf.cluster import Cluster, Ranks, Role
@@ -69,6 +71,7 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         yield
         return
     if cluster.address != "local":
+        reach(cluster.address, REACH_S)
         with _joined(cluster.address):
             yield
         return
@@ -113,11 +116,12 @@ def _joined(address: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except (ConnectionError, AuthenticationError) as error:
+        why = (str(error.__cause__ or "").strip() or str(error).strip()).splitlines()[-1]
         raise BadInput(
-            f"cluster file: address={address}: no Ray cluster lets this run join: {error}. Expected the address of one "
+            f"cluster file: address={address}: no Ray cluster lets this run join: {why}. Expected the address of one "
             "that runs, and its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; `ray get-auth-token` on the head "
-            "prints it"
+            "prints it. RAY_AUTH_MODE=disabled for one that asks for none"
         ) from error
     signal.signal(signal.SIGTERM, before)
     try:
@@ -170,16 +174,18 @@ def wait_for_places(
 class RankPlaces:
     """The places of a role's ranks: one placement group of Ray, held while ranks die and are started again.
 
-    Ray finds other places for those that were on a node that died; until then the group is not whole."""
+    Ray finds other places for those that were on a node that died; until then the group is not whole. For those whose
+    node has announced its end, others are asked for while they are still held (`ask_elsewhere`)."""
 
     def __init__(self, role: Ranks) -> None:
         self._role = role
-        self._group = self._reserve()
+        self._group = self._reserve(role.replicas)
         self._before: list[str] = []
+        self._elsewhere: PlacementGroup | None = None
+        self._sought = 0  # places of `_elsewhere`
 
-    def _reserve(self) -> PlacementGroup:
-        bundles = [taken_by(self._role) for _ in range(self._role.replicas)]
-        return placement_group(bundles, strategy=self._role.placement.upper())
+    def _reserve(self, count: int) -> PlacementGroup:
+        return placement_group([taken_by(self._role)] * count, strategy=self._role.placement.upper())
 
     def placed(self) -> int:
         """How many ranks have a place on a node that is up."""
@@ -188,19 +194,57 @@ class RankPlaces:
 
     def _nodes(self) -> list[str]:
         """The node of each bundle; empty until the group is whole."""
-        table = placement_group_table(self._group)
-        found: Mapping[int, str] = table["bundles_to_node_id"]
-        return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
+        return _nodes_of(self._group)
 
     def are_where_they_were(self) -> bool:
         """Whether each of the places that were handed out last is still on its node, and that node is up."""
         return sorted(self._nodes()) == sorted(self._before) and self.placed() == len(self._before)
 
+    def leaving(self) -> list[str]:
+        """The node of each place that is about to go."""
+        draining = draining_nodes()
+        return [node for node in self._nodes() if node in draining] if draining else []
+
+    def ask_elsewhere(self) -> None:
+        """Asks for as many places as are about to go, which Ray gives on nodes that stay; what is held is kept."""
+        count = len(self.leaving())
+        if self._elsewhere is not None:
+            if self._sought == count and not draining_nodes() & set(_nodes_of(self._elsewhere)):
+                return
+            self.give_up_elsewhere()
+        if count:
+            self._elsewhere, self._sought = self._reserve(count), count
+
+    def is_elsewhere(self) -> bool:
+        """Whether there are other places for all that are about to go; true where none is."""
+        if not (count := len(self.leaving())):
+            return True
+        found = [] if self._elsewhere is None else _nodes_of(self._elsewhere)
+        return len(found) == count and all(is_alive(node) for node in found)
+
+    def asked_elsewhere(self, name: str) -> Asked:
+        """The same as was asked, for a report."""
+        count = len(self.leaving())
+        return Asked(name, self._role, count, count if self.is_elsewhere() else 0)
+
+    def give_up_elsewhere(self) -> None:
+        if self._elsewhere is not None:
+            remove_placement_group(self._elsewhere)
+            self._elsewhere = None
+
     def renew(self) -> None:
-        """Before ranks are started again: gives up places on nodes that are about to go."""
-        if draining_nodes() & set(self._nodes()):
+        """Before ranks are started again: gives up places on nodes that are about to go.
+
+        Where all were, the others that were asked for take their place. Where some stay the group is asked for anew:
+        Ray does not move single bundles, and what stays and what was found elsewhere make room for it."""
+        if self._elsewhere is not None and self._sought == self._role.replicas:
+            remove_placement_group(self._group)
+            self._group, self._elsewhere = self._elsewhere, None
+        elif self.leaving():
             self.release()
-            self._group = self._reserve()
+            self._group = self._reserve(self._role.replicas)
+        else:
+            self.give_up_elsewhere()
 
     def seats(self) -> list[PlacementGroupSchedulingStrategy]:
         """Where each rank goes. A rank whose node is still there stays on it; others go by the nodes' addresses.
@@ -215,7 +259,15 @@ class RankPlaces:
         return [PlacementGroupSchedulingStrategy(self._group, bundle) for bundle in order]
 
     def release(self) -> None:
+        self.give_up_elsewhere()
         remove_placement_group(self._group)
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """The node of each bundle; empty until the group is whole."""
+    table = placement_group_table(group)
+    found: Mapping[int, str] = table["bundles_to_node_id"]
+    return [found[bundle] for bundle in sorted(found)] if table["state"] == "CREATED" else []
 
 
 def has_place(actor: ActorHandle) -> bool:

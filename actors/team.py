@@ -15,6 +15,7 @@ from actors.buffer import BufferActor, RemoteBuffer
 from actors.critic import CriticActor
 from actors.judge import JudgeActor
 from actors.learner import RemoteLearner
+from actors.notices import Notices
 from actors.policy import PolicyActor
 from actors.pool import ActorWorkers
 from actors.ranks import RankGroup
@@ -177,9 +178,10 @@ def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) 
     blueprint = order.blueprint
     policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
     critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
+    notices = Notices({name: each.seats for name, each in reserved.items()}, order.note)
     loop = blueprint.config.loop
     return RemoteLearner(
-        policy, critic, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
+        policy, critic, notices, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
     )
 
 

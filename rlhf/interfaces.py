@@ -173,6 +173,14 @@ class Learner(Protocol):
     def load(self, folder: Path | None) -> None:
         """Goes on from a checkpoint; with None, from the start of the run. Ranks that died are started anew before."""
 
+    def notice(self) -> bool:
+        """Whether the run is to save and to call `move`: a machine of the learner's has announced its end, or there is
+        another one now for a learner that found none before."""
+
+    def move(self, folder: Path) -> bool:
+        """Goes on from the checkpoint of now on machines that stay. False, and nothing has changed, where there are
+        none to move to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:

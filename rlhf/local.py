@@ -58,6 +58,13 @@ class LocalLearner:
         if folder is not None:
             self._rank.load(folder)
 
+    def notice(self) -> bool:
+        """Never: where the driver's machine goes, so does the run."""
+        return False
+
+    def move(self, folder: Path) -> bool:
+        return False
+
 
 @contextmanager
 def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:

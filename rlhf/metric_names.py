@@ -236,6 +236,12 @@ METRICS: dict[str, Meaning] = {
         "how often this process built the trainer alone again because a rank of policy or critic died; the steps since "
         "its checkpoint were trained again from the buffer (loop.max_restarts)",
     ),
+    "faults/trainer_moves": Meaning(
+        "moves",
+        "last",
+        "how often this process moved the trainer from nodes that had announced their end to others; it saved before, "
+        "so that no step was trained again. Not counted in loop.max_restarts",
+    ),
     "faults/buffer_restarts": Meaning(
         "restarts", "last", "how often this process put another buffer actor in the place of one that died"
     ),

@@ -80,6 +80,7 @@ class PolicySource:
     ) -> None:
         self._demand, self._supply, self._buffer = demand, supply, buffer
         self._rollouts, self._desks, self._stop = rollouts, desks, stop
+        self._pause: Callable[[], bool] = stop
         self._numbers, self._lease_requests = itertools.count(), itertools.count()
         self._errands: dict[int, _Errand] = {}
         self._version = 0
@@ -95,6 +96,10 @@ class PolicySource:
     def last_progress(self) -> float:
         """When a worker last finished something or showed that it advances: seconds of time.monotonic."""
         return self._last_progress
+
+    def pause_when(self, condition: Callable[[], bool]) -> None:
+        """From now on a wait ends with Interrupted at this condition too; the same call again goes on with it."""
+        self._pause = condition
 
     def resume(self) -> int:
         """Sends the groups that were stored but not judged to the judges they lack; returns how many there were."""
@@ -322,7 +327,7 @@ class PolicySource:
 
     def _work(self, waiting_for: str) -> None:
         """Delivers what has finished; raises when nothing has for too long, or when a worker failed."""
-        if self._stop():
+        if self._stop() or self._pause():
             raise Interrupted
         pools = [self._rollouts, *(desk.workers for desk in self._desks)]
         results = [result for pool in pools for result in pool.collect(POLL_S / len(pools))]

@@ -3,6 +3,7 @@
 Not covered: nodes that are other machines (test_cluster_hosts.py), an autoscaler (test_cluster_autoscaler.py), GPUs.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -211,3 +212,110 @@ def test_a_drained_node_s_engine_leaves_and_sigterm_on_the_head_saves_for_the_ne
         "- SIGTERM to the driver: a checkpoint and exit code 130; the same command ended with the parameters of an "
         "undisturbed run, bitwise.",
     )
+
+
+def leases_and_prompts(run_dir: Path) -> tuple[int, int]:
+    """How many leases were given, and how many prompts were issued."""
+    with reader(run_dir / FILE_NAME) as connection:
+        meta = read_meta(connection)
+    return int(meta["ticket"]), int(meta["issued"])
+
+
+def done_steps(said: str) -> list[int]:
+    """The steps in the order in which they were trained."""
+    return [int(found) for found in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_the_trainer_leaves_a_drained_node_if_it_can_and_stays_if_it_cannot(
+    nodes: Nodes, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """`ray drain-node` for the trainer's node, three times. A spare node is there: it saves and moves. None is there:
+    it saves, says so, stays, and moves when one comes. None comes: it stays until its node dies, and goes back to the
+    checkpoint of the notice. Each step but those after that checkpoint is trained once, each prompt leased once, and
+    the end is bitwise that of one process. No checkpoint is due by itself."""
+    four_nodes(nodes, 1)
+    settings = ["loop.checkpoint_every=0", "loop.keep_checkpoints=100"]
+    cluster = {**cluster_of(nodes.address, 1), "placement_timeout_s": 900}
+    run = start(cluster, "drained", *settings, "loop.num_steps=3000")
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+
+    def moves() -> float:
+        return run.rows()[-1]["faults/trainer_moves"]
+
+    nodes.add("spare", 1, trainer=1)
+    began = time.monotonic()
+    nodes.drain("trainer")
+    run.until(lambda: moves() == 1)
+    moved_s = time.monotonic() - began
+    run.steps(2)
+
+    nodes.drain("spare")
+    run.until(lambda: "there is no other place yet" in run.said())
+    run.steps(3)
+    assert moves() == 1 and "Missing: trainer: asked 1, there are 0" in run.said()
+    nodes.add("late", 1, trainer=1)
+    run.until(lambda: moves() == 2)
+    run.steps(2)
+    trained = done_steps(run.said())
+    assert trained == list(range(1, len(trained) + 1)), "a step was trained twice"
+    assert not sum(row["faults/trainer_restarts"] + row["faults/restarts"] for row in run.rows())
+
+    nodes.drain("late")
+    run.until(lambda: run.said().count("there is no other place yet") == 2)
+    run.steps(3)
+    nodes.kill("late")
+    run.until(lambda: "waiting for places" in run.said())
+    nodes.add("last", 1, trainer=1)
+    run.until(lambda: run.rows()[-1]["faults/trainer_restarts"] == 1)
+    run.steps(2)
+    run.process.terminate()
+    said, steps = run.wait(INTERRUPTED), len(run.rows())
+    saved = sorted(int(folder.name.removeprefix("step-")) for folder in (run.run_dir / "checkpoints").iterdir())
+    moved_at = [int(found) for found in re.findall(r"goes on at step (\d+); nothing is trained", said)]
+    assert moved_at == [saved[0], saved[2]] and f"step-{saved[3]:06d}" in said.split("trainer alone is built again")[1]
+    assert len(saved) == 5 and saved[-1] == steps
+    assert run.rows()[-1]["faults/restarts"] == 0 and moves() == 2
+    leases, prompts = leases_and_prompts(run.run_dir)
+    assert leases == prompts, "one lease a prompt"
+    alone = [f"loop.num_steps={steps}", "--cluster", "drained.cluster.yaml", "--run-dir", "alone", "--in-process"]
+    rlhf(tmp_path, "run", "plain.yaml", *settings, *alone)
+    assert_bitwise_equal(policy(run.run_dir, steps), policy(tmp_path / "alone", steps))
+    assert ledger(run.run_dir)["trained"] == ledger(tmp_path / "alone")["trained"] == steps * 4
+    seen(
+        "trainer drained",
+        "- `ray drain-node` for the trainer's node, another one free: the first step on that one was done "
+        f"{moved_s:.0f} s later; no step was trained twice, no prompt leased twice, and the end was that of one "
+        "process, bitwise.\n"
+        "- The same with no other node: the run went on, moved when one came, and the next time, when none did, went "
+        "back to the checkpoint of the notice after its node had died.",
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_one_of_two_ranks_leaves_a_drained_node(nodes: Nodes, start: Callable[..., Run], tmp_path: Path) -> None:
+    """Two DeepSpeed ranks on a node each, of which one is drained, and room for one more: the other rank's place is
+    given back and found again. The end is that of two ranks on one machine, bitwise."""
+    nodes.add("head", 2)
+    for name, resource in (("rank-0", "trainer"), ("rank-1", "trainer"), ("engine", "engine")):
+        nodes.add(name, 1, **{resource: 1})
+    settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.checkpoint_every=0"]
+    cluster = cluster_of(nodes.address, 2)
+    cluster["trainer"]["placement"], cluster["rollout"]["replicas"] = "pack", 1
+    run = start(cluster, "drained", *settings, "loop.num_steps=3000")
+    run.until(lambda: len(run.rows()) >= 2)
+    nodes.add("spare", 1, trainer=1)
+    nodes.drain("rank-1")
+    run.until(lambda: run.rows()[-1]["faults/trainer_moves"] == 1)
+    run.steps(2)
+    run.process.terminate()
+    said, steps = run.wait(INTERRUPTED), len(run.rows())
+    assert done_steps(said) == list(range(1, steps + 1)) and not run.rows()[-1]["faults/trainer_restarts"]
+    local = {"threads_per_role": 1, "trainer": {"replicas": 2}}
+    start(local, "local", *settings, f"loop.num_steps={steps}").wait(0)
+    assert_bitwise_equal(policy(run.run_dir, steps), policy(tmp_path / "local", steps))
+    assert ledger(run.run_dir)["trained"] == steps * 4

@@ -145,6 +145,7 @@ def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_de
     from actors.buffer import RemoteBuffer
     from actors.heartbeat import Pulses
     from actors.learner import RemoteLearner
+    from actors.notices import Notices
     from actors.ranks import RankGroup
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -162,7 +163,8 @@ def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_de
         lives.append([stand.remote(not lives and rank == 1) for rank in range(2)])
         return lives[-1]
 
-    learner = RemoteLearner(RankGroup("policy", hire(), hire, end), None, 600.0, limit_s, annotates=False)
+    group = RankGroup("policy", hire(), hire, end)
+    learner = RemoteLearner(group, None, Notices({}, print), 600.0, limit_s, annotates=False)
     learner.set_up()
     with pytest.raises(TrainerDied, match="update 1: policy rank 1 has shown no sign of life for"):
         learner.update(1)

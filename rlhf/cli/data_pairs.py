@@ -79,6 +79,7 @@ def judged_groups(
     A group that cannot be judged is replaced by that of a later prompt. Raises Interrupted, and what the team raises.
     """
     from rlhf.cli import launch
+    from rlhf.cli.stop import StopRequest
 
     # Nothing is trained, so nothing ages: every prompt may be answered at once.
     loop = config.loop.model_dump() | {"num_steps": count, "groups_per_step": 1, "max_staleness": count - 1}
@@ -88,7 +89,7 @@ def judged_groups(
         reference_judge=False,
         learner_annotates=False,
     )
-    stop = launch.StopRequest()
+    stop = StopRequest()
     restarts = launch.Restarts(config.loop.max_restarts, print)
     order = Order(blueprint, cluster, run_dir.absolute(), prompts, None, 0, stop, print, restarts.count)
     launch.gather(order, stop, in_process=in_process)

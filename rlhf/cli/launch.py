@@ -3,11 +3,9 @@
 The outermost layer, and the only place that imports `actors`. Everything before this (reading files, refusing bad
 input) is in `rlhf/cli/run.py`."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from rlhf import checkpoint, metrics
@@ -17,6 +15,7 @@ from rlhf.buffer.snapshot import moment_of
 from rlhf.chaos.points import point
 from rlhf.cli.restarts import Restarts
 from rlhf.cli.run_directory import CONFIG_FILE
+from rlhf.cli.stop import StopRequest
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.data.recorded import RecordedSet
@@ -43,33 +42,6 @@ PHASES = {
 }
 
 
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM; the run then stops at the next safe point. Immediate are the second SIGINT,
-    and any of them while a team is set up and there is nothing to save."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.setting_up = True
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        def ask(number: int, frame: FrameType | None) -> None:
-            again = self.asked and number == signal.SIGINT
-            self.asked = True
-            if again or self.setting_up:
-                raise KeyboardInterrupt
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Record:
     """The chronicle of a run in its directory: steps, evaluations, checkpoints."""
 
@@ -90,7 +62,7 @@ class Record:
         self._archive = archive
         self._heldout, self._observer, self._restarts = prompts.heldout_prompts(), observer, restarts
         self._evaluations = run_dir / EVALUATIONS_FILE
-        self._saved_at: int | None = None
+        self._saved: checkpoint.Checkpoint | None = None
         self._samples_itself = not isinstance(prompts, RecordedSet)
 
     def step_at(self, step: int, phase: str) -> None:
@@ -145,16 +117,16 @@ class Record:
         if updates == loop.num_steps or (loop.checkpoint_every and updates % loop.checkpoint_every == 0):
             self.save(updates)
 
-    def save(self, updates: int) -> None:
-        """Writes a checkpoint of now, unless there is one; then the old ones make way."""
-        if self._saved_at == updates:
-            return
-        self._watchdog.enter(f"saving a checkpoint after {updates} steps")
-        checkpoint.write(self._run_dir, updates, {"seed": self._config.seed}, self._team.learner.save)
-        checkpoint.prune(self._run_dir, self._config.loop.keep_checkpoints, self._best())
-        self._saved_at = updates
-        if self._archive is not None:
-            self._archive.checkpoint_saved()
+    def save(self, updates: int) -> Path:
+        """Writes a checkpoint of now, unless there is one, and returns its folder; then the old ones make way."""
+        if self._saved is None or self._saved.updates != updates:
+            self._watchdog.enter(f"saving a checkpoint after {updates} steps")
+            info = {"seed": self._config.seed}
+            self._saved = checkpoint.write(self._run_dir, updates, info, self._team.learner.save)
+            checkpoint.prune(self._run_dir, self._config.loop.keep_checkpoints, self._best())
+            if self._archive is not None:
+                self._archive.checkpoint_saved()
+        return self._saved.folder
 
     def _best(self) -> list[int]:
         """The best checkpoint so far, where one is to be kept for that."""
@@ -293,10 +265,14 @@ def _train(job: _Job, team: Team, source: PolicySource, start: "Start") -> int:
 
     Raises ActorDied when another actor dies, or a rank again before the trainer stands.
     """
+    source.pause_when(team.learner.notice)
     while True:
         job.observer.started(job.config, start.updates, job.config.loop.num_steps)
+        record = _record(job, team, source)
         try:
-            return train(team, job.config.loop, _record(job, team, source), job.stop)
+            while (updates := _train_until_notice(job, team, record)) is None:
+                _heed_notice(job, team, record)
+            return updates
         except TrainerDied as died:
             if job.stop():
                 raise
@@ -305,6 +281,26 @@ def _train(job: _Job, team: Team, source: PolicySource, start: "Start") -> int:
             start = _where_to_start(job)
             team.learner.load(start.folder)
             team.buffer.rewind(start.updates)
+
+
+def _train_until_notice(job: _Job, team: Team, record: Record) -> int | None:
+    """The loop; None where it came to a safe point because the learner is to leave a machine that is about to go."""
+    loop = job.config.loop
+    try:
+        updates = train(team, loop, record, lambda: job.stop() or team.learner.notice())
+    except Interrupted:
+        if job.stop():
+            raise
+        return None
+    return updates if updates == loop.num_steps or job.stop() else None
+
+
+def _heed_notice(job: _Job, team: Team, record: Record) -> None:
+    """Saves what is done, and moves the learner if there is another place for it."""
+    folder = record.save(team.learner.version)
+    job.watchdog.enter("moving the trainer to nodes that stay")
+    if team.learner.move(folder):
+        job.restarts.moved(team.learner.version)
 
 
 def _record(job: _Job, team: Team, source: PolicySource) -> Record:

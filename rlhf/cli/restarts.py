@@ -21,10 +21,20 @@ class Restarts:
     def __init__(self, limit: int, note: Callable[[str], None]) -> None:
         self._total: dict[Part, int] = dict.fromkeys(CONSEQUENCES, 0)
         self._note, self._limit, self._in_a_row, self._furthest = note, limit, 0, -1
+        self._moves = 0
 
     def read(self) -> dict[str, float]:
         """faults/* of the parts."""
-        return {f"faults/{name}": self._total[part] for part, name in FAULTS.items()}
+        restarts = {f"faults/{name}": self._total[part] for part, name in FAULTS.items()}
+        return {**restarts, "faults/trainer_moves": self._moves}
+
+    def moved(self, step: int) -> None:
+        """The trainer has left nodes that had announced their end: nothing died, so nothing is counted against it."""
+        self._moves += 1
+        self._note(
+            f"the trainer has moved to nodes that stay, and goes on at step {step}; nothing is trained or generated "
+            "again"
+        )
 
     def step_done(self, step: int) -> None:
         """A step that was done before and is replayed is no progress."""

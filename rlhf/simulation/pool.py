@@ -232,6 +232,12 @@ class _TimedLearner:
     def load(self, folder: Path | None) -> None:
         """There is nothing to go on from."""
 
+    def notice(self) -> bool:
+        return False
+
+    def move(self, folder: Path) -> bool:
+        return False
+
     def publish(self) -> Published:
         if self._version:
             self._timeline.pass_until(self._timeline.now_s + self._rest.publish_s)
