@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.main import main
 from rlhf.config import ModelConfig
 from rlhf.models.load import load_tokenizer
 from rlhf.models.score import start_score_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -51,6 +55,26 @@ def test_a_run_is_rewarded_by_a_model(content: dict[str, Any], tmp_path: Path) -
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     (step,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert step["reward/std"] > 0 and step["faults/unscorable"] == 0
+
+
+def test_an_exported_reward_model_is_read_at_the_eos_by_transformers(tmp_path: Path) -> None:
+    """transformers reads at the last token that is not the padding id. The tiny model pads with its EOS: exported like
+    that, others would read scores one token too early. The reference is the head on the state of the EOS."""
+    settings = ["loop.num_steps=1", "learner.engine=torch", "--in-process", "--run-dir", str(tmp_path / "run")]
+    assert main(["run", str(CONFIGS / "reward_model_tiny.yaml"), *settings]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "judge")]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "judge", padding_side="right")
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id == model.config.eos_token_id
+    texts = [text + tokenizer.eos_token for text in ("one", "two, and somewhat longer", "three")]
+    with torch.no_grad():
+        batch = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        together = model(**batch).logits[:, 0]
+        for text, score in zip(texts, together, strict=True):
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            states = model.base_model(input_ids=ids).last_hidden_state
+            assert float(score) == pytest.approx(float(model.score(states[0, -1])), abs=1e-5)
+            assert abs(float(score) - float(model.score(states[0, -2]))) > 1e-3
 
 
 @pytest.mark.parametrize(

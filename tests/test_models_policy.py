@@ -233,10 +233,12 @@ def test_model_that_changes_its_logits_after_the_head_is_refused() -> None:
         PolicyModel(Gemma2ForCausalLM(config).eval(), 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_check_fails_on_a_model_that_ignores_positions(
-    policy: PolicyModel, monkeypatch: pytest.MonkeyPatch
+    policy: PolicyModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """The check passes as it is, and fails once rows of a packed batch can see each other."""
+    """The check passes as it is, and fails once rows of a packed batch can see each other, in bfloat16, too."""
+    policy.to(dtype)
     policy.check_packing()
     trunk = policy.base.get_decoder()
     plain: Callable[..., object] = trunk.forward

@@ -22,12 +22,10 @@ def accuracy(model: Path, pairs: Path, to: Path) -> str:
     The interval is that of a proportion at 95 %, 1.96 sqrt(p (1 - p) / n); pairs of one prompt are not independent, so
     it is too narrow where a prompt has many. An equal score, or length, counts as half."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    scorer = Scorer(model)
-    right = longer = 0.0
-    for row in rows:
-        chosen, rejected = scorer.scores([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
-        right += half(chosen, rejected)
-        longer += half(len(row["chosen"].split()), len(row["rejected"].split()))
+    prompts = [row["prompt"] for row in rows]
+    scored = Scorer(model).scores(prompts * 2, [row[side] for side in ("chosen", "rejected") for row in rows])
+    right = sum(half(chosen, other) for chosen, other in zip(scored[: len(rows)], scored[len(rows) :], strict=True))
+    longer = sum(half(len(row["chosen"].split()), len(row["rejected"].split())) for row in rows)
     share, rule = right / len(rows), longer / len(rows)
     around = 1.96 * math.sqrt(share * (1 - share) / len(rows))
     to.write_text(json.dumps({"pairs": len(rows), "accuracy": share, "interval": around, "longer_answer": rule}))
@@ -85,16 +83,24 @@ class Scorer:
     """A reward model: the score at the EOS behind the answer."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         self._model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        """One score an answer. Batches are of like length; padding does not enter a score."""
+        ids = [self._ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        found: dict[int, float] = {}
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+        for first in range(0, len(order), BATCH):
+            places = order[first : first + BATCH]
+            batch = self._tokenizer.pad({"input_ids": [ids[place] for place in places]}, return_tensors="pt")
+            found |= dict(zip(places, self._model(**batch).logits[:, 0].tolist(), strict=True))
+        return [found[place] for place in range(len(ids))]
 
-    def _score(self, prompt: str, answer: str) -> float:
-        ids = asked(self._tokenizer, prompt) + self._tokenizer.encode(answer, add_special_tokens=False)
-        return float(self._model(input_ids=torch.tensor([[*ids, self._tokenizer.eos_token_id]])).logits[0, 0])
+    def _ids(self, prompt: str, answer: str) -> list[int]:
+        text = self._tokenizer.encode(answer, add_special_tokens=False)
+        return [*asked(self._tokenizer, prompt), *text, self._tokenizer.eos_token_id]
 
 
 class Policy:

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from rlhf.learner.engine import Engine
 from rlhf.models.load import Tokenizer
@@ -64,10 +65,32 @@ def save_policy(engine: Engine, tokenizer: Tokenizer, folder: Path, *, write: bo
     settings = copy.deepcopy(base.config)
     if "quantization_config" in settings.to_dict():
         del settings.quantization_config  # what is written is unpacked
+    if not base.can_generate() and not settings.is_encoder_decoder:
+        tokenizer = read_at_the_end(settings, tokenizer)
     settings.save_pretrained(folder)
     if base.can_generate() and base.generation_config is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def read_at_the_end(settings: PretrainedConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """Has transformers read a sequence classifier where it was trained, at the EOS: it looks for the last token that is
+    not the padding id, so the padding must be another token than those that end an answer.
+
+    Changes the config, and returns a tokenizer that pads with the same token: one of the special tokens. Where there is
+    no other the config names none, and transformers reads single sequences at their end and refuses batches.
+    """
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = {*stops, tokenizer.eos_token_id, None}
+    if settings.pad_token_id not in ends:
+        return tokenizer
+    others = [token for token in tokenizer.all_special_ids if token not in ends]
+    settings.pad_token_id = others[0] if others else None
+    if not others:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
+    return tokenizer
 
 
 def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
