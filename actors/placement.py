@@ -320,11 +320,12 @@ def supply() -> str:
     return f"{len(nodes)} nodes ({each})"
 
 
-def options(cluster: Cluster, role: Role) -> dict[str, Any]:
-    """The `.options(...)` of an actor of a role. Thread counts are set here because sums on a CPU depend on them."""
+def options(cluster: Cluster, name: str, role: Role) -> dict[str, Any]:
+    """The `.options(...)` of an actor of the role of this name. Thread counts are set here because sums on a CPU depend
+    on them."""
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment["OMP_NUM_THREADS"] = str(cluster.threads_of(role))
-    environment[ROLE_VARIABLE] = next(name for name, other in roles_of(cluster).items() if other is role)
+    environment[ROLE_VARIABLE] = name
     return {
         "num_cpus": role.cpus,
         "num_gpus": role.gpus,

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from actors import heartbeat, placement, waiting
+from actors.losses import Losses, taken_back
 from actors.shortage import Shortage
 from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death, is_unreachable
 from rlhf.errors import ActorDied, RunFailed, WorkerLost
@@ -45,9 +46,8 @@ class ActorWorkers:
         self._failure: Exception | None = None
         self._published: Published | None = None
         self._receipts: dict[str, Receipt] = {}
-        self._lost: Counter[str] = Counter()  # died, hung, left
+        self._losses = Losses(spec)
         self._incarnations: Counter[int] = Counter()
-        self._fruitless: Counter[int] = Counter()  # by slot: deaths since its last result
         self._looked = self._drains_looked = time.monotonic()
         self._shortage = Shortage(spec)
         self._resting: set[int] = set()  # slots without a worker, until there is work
@@ -127,7 +127,7 @@ class ActorWorkers:
 
     def replaced(self) -> Replacements:
         with self._changed:
-            return Replacements(self._lost["died"], self._lost["hung"], self._lost["left"])
+            return self._losses.replaced()
 
     def load(self, published: Published) -> list[Receipt]:
         """Waits for the workers that are up now, or for their loss; those that come up later load before they work."""
@@ -240,7 +240,7 @@ class ActorWorkers:
             return Result(errand.task.number, (), None, None, worker.name, 0.0)
         prompt_id, seconds = header
         errand.missing.discard(prompt_id)
-        self._fruitless[worker.slot] = 0
+        self._losses.forgive(worker)
         return Result(errand.task.number, (prompt_id,), value, None, worker.name, seconds)
 
     def _fail(self, worker: Worker, errand: Errand, error: Exception) -> None:
@@ -258,9 +258,12 @@ class ActorWorkers:
         except RayError as error:
             self._not_up(worker, error)
             return
+        self._advance(worker, answer)
+
+    def _advance(self, worker: Worker, answer: Any) -> None:
         if worker.phase in ("asked", "starting"):
             worker.place = answer
-            worker.enter("setting up", worker.actor.setup.remote())
+            self._begin_setup(worker)
         elif worker.phase == "setting up" and not self._spec.takes_weights:
             self._is_up(worker)
         elif worker.phase == "setting up":
@@ -273,6 +276,9 @@ class ActorWorkers:
             self._is_up(worker)
         else:
             self._begin_loading(worker)  # a newer version was published meanwhile
+
+    def _begin_setup(self, worker: Worker) -> None:
+        worker.enter("setting up", worker.actor.setup.remote())
 
     def _begin_loading(self, worker: Worker) -> None:
         assert self._published is not None
@@ -307,7 +313,7 @@ class ActorWorkers:
             if worker.leaving or worker.place is None or worker.place.node_id not in draining:
                 continue
             worker.leaving = True
-            self._lost["left"] += 1
+            self._losses.count("left")
             self._notes.append(f"{worker.name} leaves, its node {worker.place.host} is drained; another is asked for")
             self._workers.append(self._new_worker(worker.slot))
 
@@ -353,32 +359,19 @@ class ActorWorkers:
         what = "left with its node" if node_gone else how
         message = f"{worker.name} {what}: {why}"
         held_by_it = "; ".join(f"prompts {errand.named}" for errand in worker.errands) or "nothing"
-        for errand in worker.errands:
-            if not errand.begun and not errand.bound:
-                self._queue.appendleft(errand.task)
-                continue
-            suspects = counted and errand.begun and not node_gone and not worker.leaving
-            error = WorkerLost(message, counted=suspects)
-            prompts = tuple(sorted(errand.missing))
-            self._finished.append(Result(errand.task.number, prompts, None, error, worker.name, 0.0))
-        worker.errands.clear()
+        suspected = counted and not node_gone and not worker.leaving
+        again, results = taken_back(worker, message, suspected=suspected)
+        self._queue.extendleft(again)
+        self._finished.extend(results)
         self._retire(worker)
         if worker.leaving:
             return
         if worker.place is not None or not node_gone:  # one that found only a dying node was never there
-            self._lost["left" if node_gone else how] += 1
+            self._losses.count("left" if node_gone else how)
         if not node_gone:
-            self._count_fruitless(worker, message)
+            self._losses.blame(worker, message)
         self._notes.append(f"{message}. It held {held_by_it}. Another one takes its place")
         self._workers.append(self._new_worker(worker.slot))
-
-    def _count_fruitless(self, worker: Worker, message: str) -> None:
-        self._fruitless[worker.slot] += 1
-        if self._fruitless[worker.slot] > self._spec.max_restarts:
-            raise RunFailed(
-                f"{self._spec.role}-{worker.slot} was lost {self._fruitless[worker.slot]} times in a row without a "
-                f"result (loop.max_restarts is {self._spec.max_restarts}); the last: {message}"
-            )
 
     def _dispatch(self) -> None:
         """Tasks for nobody in particular go to the workers with the fewest."""

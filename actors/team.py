@@ -77,10 +77,10 @@ class _Crew:
         return pool
 
     def hire(
-        self, actor_class: Any, role: Role, *arguments: Any, closable: bool, seat: placement.Seat | None = None
+        self, name: str, actor_class: Any, role: Role, *arguments: Any, closable: bool, seat: placement.Seat | None
     ) -> ActorHandle:
-        """An actor of a role; seat, where it goes, None for wherever there is room."""
-        options = placement.options(self._cluster, role)
+        """An actor of the role of this name; seat, where it goes, None for wherever there is room."""
+        options = placement.options(self._cluster, name, role)
         actor = actor_class.options(**options, scheduling_strategy=seat or "DEFAULT").remote(*arguments)
         self._actors.append(actor)
         if closable:
@@ -165,7 +165,7 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
     arguments = (order.run_dir / FILE_NAME, order.blueprint.judged, None, MAX_ATTEMPTS)
     role, seat = order.cluster.buffer, placement.beside_the_driver()
     return RemoteBuffer(
-        lambda: crew.hire(BufferActor, role, *arguments, closable=True, seat=seat),
+        lambda: crew.hire("buffer", BufferActor, role, *arguments, closable=True, seat=seat),
         lambda actor: crew.end([actor]),
         partial(order.restarting, "buffer"),
         order.blueprint.config.loop.wait_timeout_s,
@@ -187,11 +187,11 @@ def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) 
 
 def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
     config, role, seats = order.blueprint.config, reserved.claim.role, reserved.seats
-    threads = order.cluster.threads_of(role)
+    threads, role_name = order.cluster.threads_of(role), reserved.claim.name
 
     def start() -> list[ActorHandle]:
         return [
-            crew.hire(actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
+            crew.hire(role_name, actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
             for rank, seat in enumerate(seats.seats())
         ]
 
@@ -226,7 +226,7 @@ def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
     role, config = order.cluster.rollout, order.blueprint.config
     return crew.pool(
         _pool_spec(order, "rollout", role, takes_weights=True, call_limit_s=0.0),
-        lambda name: crew.hire(RolloutActor, role, config, name, closable=True),
+        lambda name: crew.hire("rollout", RolloutActor, role, config, name, closable=True, seat=None),
         order.note,
     )
 
@@ -236,7 +236,9 @@ def _hire_judges(order: Order, crew: _Crew) -> dict[str, ActorWorkers]:
 
     def pool(name: str, role: Role, build: Any, arguments: tuple[Any, ...], call_limit_s: float) -> ActorWorkers:
         spec = _pool_spec(order, name, role, takes_weights=False, call_limit_s=call_limit_s)
-        return crew.pool(spec, lambda _: crew.hire(JudgeActor, role, build, arguments, closable=True), order.note)
+        return crew.pool(
+            spec, lambda _: crew.hire(name, JudgeActor, role, build, arguments, closable=True, seat=None), order.note
+        )
 
     judges = {}
     if config.reward is not None:
@@ -256,7 +258,8 @@ def _raw_rewards(order: Order, crew: _Crew) -> Iterator[ActorWorkers]:
     hired: list[ActorHandle] = []
 
     def hire(name: str) -> ActorHandle:
-        hired.append(crew.hire(JudgeActor, role, build_reward_judge, (config, {}, order.run_dir), closable=False))
+        arguments: tuple[Any, ...] = (config, {}, order.run_dir)
+        hired.append(crew.hire("reward", JudgeActor, role, build_reward_judge, arguments, closable=False, seat=None))
         return hired[-1]
 
     pool = crew.pool(replace(spec, size=1, needed=1), hire, order.note)

@@ -207,4 +207,4 @@ def test_the_processes_of_each_role_can_be_told_apart() -> None:
     roles = placement.roles_of(cluster)
     assert {"driver", *roles} == set(get_args(Role)) and "critic" in roles
     for name, role in roles.items():
-        assert placement.options(cluster, role)["runtime_env"]["env_vars"][ROLE_VARIABLE] == name
+        assert placement.options(cluster, name, role)["runtime_env"]["env_vars"][ROLE_VARIABLE] == name
