@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 
 from rlhf.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+SharingRole = Literal["trainer", "critic", "rollout", "reference"]
+LEARNING = frozenset({"trainer", "critic"})  # those of them that train; the others sample and judge
+
 
 class Role(Section):
     """The actors of one role. CPUs are logical: Ray counts them, and they set the thread count of the actor."""
@@ -106,6 +109,35 @@ class Cluster(Section):
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
+
+    colocation: list[list[SharingRole]] = Field(
+        default_factory=list,
+        description="groups of roles that take turns on the same GPUs, one actor of each role a GPU: trainer and "
+        "critic while they train, rollout and reference while groups are sampled and judged. Each has `gpus: 1`",
+    )
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> Self:
+        named = [name for group in self.colocation for name in group]
+        roles = {"trainer": self.trainer, "critic": self.critic, "rollout": self.rollout, "reference": self.reference}
+        for name in named:
+            role, place = roles[name], f"colocation: {name}"
+            if named.count(name) > 1:
+                raise ValueError(f"{place} is named {named.count(name)} times; expected once, in one group")
+            if role.gpus != 1:
+                raise ValueError(f"{place}.gpus={role.gpus:g}; expected 1: who takes turns has a whole GPU in its turn")
+            if role.min_replicas is not None:
+                raise ValueError(
+                    f"{place}.min_replicas={role.min_replicas}: roles that share GPUs are placed together, and keep "
+                    "their places until the run ends; leave it out"
+                )
+        for group in self.colocation:
+            if not set(group) & LEARNING or set(group) <= LEARNING:
+                raise ValueError(
+                    f"colocation: {group} has nobody to take turns with; expected trainer or critic, and rollout or "
+                    "reference"
+                )
+        return self
 
     @model_validator(mode="after")
     def _listens_where_it_starts(self) -> Self:

@@ -53,6 +53,7 @@ class Setting:
                 gpu_memory_fraction=0.5,
                 probe_tolerance=1e-3,
                 mid_sequence=True,
+                sleeps=False,
             )
         )
 

@@ -1,5 +1,6 @@
 """Builds the engine that a run file names. Engines are imported when asked for: vLLM's import takes seconds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.config import RunConfig
@@ -32,12 +33,21 @@ def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
         gpu_memory_fraction=generation.gpu_memory_fraction,
         probe_tolerance=generation.probe_tolerance or PROBE_TOLERANCE[dtype],
         mid_sequence=generation.weights_mid_sequence,
+        sleeps=False,
     )
 
 
 def build_generator(config: RunConfig, name: str) -> VersionedGenerator:
     """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version."""
-    spec = engine_spec(config, name, resolve(config.model.name))
+    return _build(config, engine_spec(config, name, resolve(config.model.name)))
+
+
+def build_sleeper(config: RunConfig, name: str) -> VersionedGenerator:
+    """The same for an engine that takes turns on its GPU, and can `sleep`."""
+    return _build(config, replace(engine_spec(config, name, resolve(config.model.name)), sleeps=True))
+
+
+def _build(config: RunConfig, spec: EngineSpec) -> VersionedGenerator:
     assert config.generation is not None  # the settings refuse a run that samples without it
     if config.generation.engine == "vllm":
         from rlhf.generation.vllm_engine import VllmGenerator

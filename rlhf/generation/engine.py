@@ -34,7 +34,8 @@ class EngineSpec:
     """One engine in plain values. `model` is a local Hugging Face folder; sequences are in tokens, cache in GiB.
 
     `probe_tolerance` is the largest log-prob difference at the weight probe, in nats. `max_sequence_tokens` bounds a
-    prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight.
+    prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight. `sleeps`: it takes
+    turns on its GPU.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EngineSpec:
     gpu_memory_fraction: float
     probe_tolerance: float
     mid_sequence: bool
+    sleeps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,10 @@ StepwiseGroups = GeneratorType[Group | None, None, None]
 class VersionedGenerator(ABC):
     """The part of an engine that is the same for all: versions, checks, seeds, samples.
 
-    A fresh engine, or one whose last update failed, holds no version and refuses to sample. Not thread safe: one call
-    to `generate` at a time, and no `load` before it is exhausted or closed, unless the engine is built for that
-    (`EngineSpec.mid_sequence`): then samples in flight keep their KV cache, which old weights have filled, go on under
-    the new ones, and say of each token which version it was sampled with.
+    A fresh engine, or one whose last update failed, holds no version and refuses to sample; so does one that sleeps.
+    Not thread safe: one call to `generate` at a time, and no `load` before it is exhausted or closed, unless the engine
+    is built for that (`EngineSpec.mid_sequence`): then samples in flight keep their KV cache, which old weights have
+    filled, go on under the new ones, and say of each token which version it was sampled with.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -83,7 +85,7 @@ class VersionedGenerator(ABC):
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._stop_ids: frozenset[int] = frozenset()
         self._tokenizer: Any = None
-        self._sampling = False
+        self._sampling = self._asleep = False
         self._taken = -1  # the version that the tensors are of, verified or not: what tokens are stamped with
 
     def setup(self) -> None:
@@ -116,12 +118,29 @@ class VersionedGenerator(ABC):
         verify_arrival(weights, name)
         verify_names(weights, self._shapes, name)
         self._version = self._fingerprint = None
+        if self._asleep:
+            self._make_room_for_weights()
         self._take(weights)
+        if self._asleep:
+            self._make_room_for_samples()
+            self._asleep = False
         self._taken = weights.version
         seen = compare_probe(weights, self._probe(weights.probe.token_ids), self._spec.probe_tolerance, name)
         self._life, self._version, self._fingerprint = weights.life, weights.version, weights.fingerprint
         point("rollout: weights verified")
         return Receipt(name, weights.version, weights.fingerprint, seen, time.monotonic() - started)
+
+    def sleep(self) -> None:
+        """Gives the GPU up, weights and KV cache, until the next `load`, which may be of the same version.
+
+        Raises RunFailed for an engine that was not built to take turns, and while samples are in flight."""
+        if not self._spec.sleeps:
+            raise RunFailed(f"{self._spec.name} was not built to take turns on its GPU, and cannot sleep")
+        if self._sampling:
+            raise RunFailed(f"{self._spec.name}: asked to sleep with samples in flight; exhaust or close generate()")
+        if not self._asleep:
+            self._asleep = True
+            self._give_up()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int, purpose: str
@@ -141,6 +160,8 @@ class VersionedGenerator(ABC):
         is."""
         if self._version is None:
             raise RunFailed(f"{self._spec.name} holds no verified version of the policy: publish one and load it first")
+        if self._asleep:
+            raise RunFailed(f"{self._spec.name} sleeps and has given its weights up: load a version first")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
             point("rollout: group begun", prompt.id)
@@ -175,6 +196,18 @@ class VersionedGenerator(ABC):
     @abstractmethod
     def _take(self, weights: Weights) -> None:
         """Replaces the engine's tensors and forgets everything derived from the old ones."""
+
+    @abstractmethod
+    def _give_up(self) -> None:
+        """Frees what the engine holds on its GPU, weights and KV cache, and keeps what cannot be loaded again."""
+
+    @abstractmethod
+    def _make_room_for_weights(self) -> None:
+        """After `_give_up`, before `_take`."""
+
+    @abstractmethod
+    def _make_room_for_samples(self) -> None:
+        """After that `_take`, before `_probe`."""
 
     @abstractmethod
     def _probe(self, token_ids: Ids) -> Floats:

@@ -17,6 +17,7 @@ from rlhf.experience import Floats, Ids, Prompt, Sampling
 from rlhf.generation.engine import Draw, StepwiseGroups, VersionedGenerator
 from rlhf.models.encoder_decoder import own_logits, start_token
 from rlhf.models.load import check_attention, language_model
+from rlhf.models.offload import Offloaded, free_cached
 from rlhf.weights import Weights, probe_prompt, state_once, state_shapes
 
 
@@ -104,6 +105,22 @@ class TransformersGenerator(VersionedGenerator):
         self._version = self._fingerprint = None
         if "_model" in self.__dict__:
             del self._model
+
+    def _give_up(self) -> None:
+        """Of the weights shapes are left; buffers (rotary frequencies) are in no published version, and are kept."""
+        self._sizes = [parameter.shape for parameter in self._model.parameters()]
+        self._buffers = Offloaded(self._model.buffers())
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        free_cached()
+
+    def _make_room_for_weights(self) -> None:
+        for parameter, size in zip(self._model.parameters(), self._sizes, strict=True):
+            parameter.data = parameter.data.new_empty(size)
+        self._buffers.restore()
+
+    def _make_room_for_samples(self) -> None:
+        """Nothing to do: a KV cache is made for each prompt."""
 
     @torch.no_grad()
     def _take(self, weights: Weights) -> None:

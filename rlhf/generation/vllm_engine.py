@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import torch
 
-from rlhf.errors import RunFailed
+from rlhf.colocation import no_sleep
+from rlhf.errors import BadInput, RunFailed
 from rlhf.experience import Floats, Ids, Prompt, Sampling
 from rlhf.generation.engine import Draw, StepwiseGroups, VersionedGenerator
 from rlhf.weights import Weights
@@ -51,6 +52,8 @@ class VllmGenerator(VersionedGenerator):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._cpu = not torch.cuda.is_available()
+        if self._spec.sleeps and self._cpu:
+            raise BadInput(no_sleep(f"{self._spec.name}, on a machine without a GPU"))
         self._children_before = {child.pid for child in psutil.Process().children(recursive=True)}
         spec = self._spec
         # On a CPU vLLM compiles for up to a minute at each start (its own cache fails to load) for 3 % of speed: eager.
@@ -75,6 +78,7 @@ class VllmGenerator(VersionedGenerator):
                 max_num_batched_tokens=max(TOKENS_PER_STEP, spec.max_sequence_tokens) if self._cpu else None,
                 kv_cache_memory_bytes=int(spec.cache_gib * GIB) if self._cpu else None,
                 gpu_memory_utilization=spec.gpu_memory_fraction,
+                enable_sleep_mode=spec.sleeps,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
@@ -98,6 +102,17 @@ class VllmGenerator(VersionedGenerator):
         for child in alive:
             child.kill()
         psutil.wait_procs(alive, timeout=REAP_TIMEOUT_S)
+
+    def _give_up(self) -> None:
+        """Level 2: weights are let go, not kept in the host's memory, because what wakes it is a `load`."""
+        self._engine.sleep(level=2)
+
+    def _make_room_for_weights(self) -> None:
+        self._engine.wake_up(tags=["weights"])
+
+    def _make_room_for_samples(self) -> None:
+        """Second, so that the cache does not stand beside what loading needs. The probe is a request, and needs it."""
+        self._engine.wake_up(tags=["kv_cache"])
 
     def _take(self, weights: Weights) -> None:
         runner = self._engine.model_executor.driver_worker.worker.model_runner

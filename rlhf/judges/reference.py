@@ -16,6 +16,7 @@ from rlhf.experience import REF_LOGPROBS, Columns, Floats, Group, Row
 from rlhf.learner.collate import collate
 from rlhf.learner.plan import Unit, microbatches, units_of
 from rlhf.models.load import load_model
+from rlhf.models.offload import Offloaded, tensors_of
 from rlhf.models.policy import PolicyModel
 
 
@@ -31,6 +32,7 @@ class ReferenceJudge:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._model: PolicyModel | None = None
+        self._offloaded: Offloaded | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def setup(self) -> None:
@@ -49,6 +51,16 @@ class ReferenceJudge:
         point("reference: scored", group.prompt.id)
         return Columns(group.prompt.id, {}, {REF_LOGPROBS: [found[index] for index in range(len(group.samples))]})
 
+    def sleep(self) -> None:
+        """Gives the GPU up: until `wake` the model is in the host's memory, and the judge judges nothing."""
+        if self._model is not None and self._offloaded is None:
+            self._offloaded = Offloaded(tensors_of(self._model))
+
+    def wake(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.restore()
+            self._offloaded = None
+
     def close(self) -> None:
         """Gives the model's memory back."""
         self._model = None
@@ -58,6 +70,8 @@ class ReferenceJudge:
         """The log-probabilities (T,) of each row's completion, by its unit: the index of its sample."""
         if self._model is None:
             raise RunFailed("the reference model is not loaded: call setup before judge")
+        if self._offloaded is not None:
+            raise RunFailed("the reference model sleeps: call wake before judge")
         collated = collate(units, (), packed=False).to(self._device)
         logprobs = collated.outputs(*self._model(*collated.inputs)).logprobs.float().cpu().numpy()
         rows = [row for unit in units for row in unit.rows]

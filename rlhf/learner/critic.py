@@ -108,6 +108,13 @@ class CriticLearner:
         self._engine.load(trainer / CRITIC_FOLDER)
         self._version = json.loads((trainer / LEARNER_FILE).read_text())["version"]
 
+    def offload(self) -> None:
+        """As the policy's."""
+        self._engine.offload()
+
+    def reload(self) -> None:
+        self._engine.reload()
+
     def close(self) -> None:
         """Leaves the process group, where it is its own, and drops gradients."""
         self._engine.close()

@@ -30,8 +30,9 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+from rlhf.colocation import OFFLOADING_STAGES, no_offload
 from rlhf.config import LearnerConfig
-from rlhf.errors import RunFailed
+from rlhf.errors import BadInput, RunFailed
 from rlhf.learner.build_locks import free_abandoned_locks
 from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
 from rlhf.learner.state import (
@@ -131,6 +132,22 @@ class DeepSpeedEngine:
         for master in self._masters():
             self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
+    def offload(self) -> None:
+        """By DeepSpeed itself, which can do it under ZeRO 1 and 2. Raises BadInput under the others: without ZeRO it
+        has no such thing, and under ZeRO 3 only for its own FusedAdam."""
+        if self._stage not in OFFLOADING_STAGES:
+            raise BadInput(no_offload(self._stage))
+        self._engine.offload_states(pin_memory=torch.cuda.is_available())
+
+    def reload(self) -> None:
+        optimizer = self._engine.optimizer
+        if not optimizer.offloaded_states:
+            return
+        self._engine.reload_states()
+        optimizer._hp_optimizer_states_linked = False  # the moments are other tensors now: see _begin_moments
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"] = state["step"].cpu()  # where torch keeps it, so that no step waits for the GPU to tell it
+
     def close(self) -> None:
         """Where `leaves_group`, leaves the process group; whoever shares it must have closed before."""
         if dist.is_initialized():  # vLLM in the same process ends the group for all when it is closed
@@ -174,7 +191,7 @@ class DeepSpeedEngine:
             if not state.get(master):
                 state[master] = fresh_state(master)
         if not self._sharded:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # does nothing after the first time
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # does nothing where they are known already
 
     @torch.no_grad()
     def _restore(self, parameter: nn.Parameter, state: TensorState) -> None:

@@ -53,6 +53,12 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None:
         """Takes what any engine wrote, on any number of ranks. Raises BadInput for the state of another model."""
 
+    def offload(self) -> None:
+        """Moves all that it holds to the host's memory; every other method but `close` needs a `reload` first."""
+
+    def reload(self) -> None:
+        """Brings it back, bit for bit."""
+
     def close(self) -> None: ...
 
 

@@ -233,6 +233,14 @@ class PolicyLearner:
         self._version, self._state = state["version"], state["run_state"]
         self._next_state, self._measured = self._state, {}
 
+    def offload(self) -> None:
+        """Gives the GPU up: until `reload` model and optimizer are in the host's memory, and nothing else works."""
+        self._engine.offload()
+
+    def reload(self) -> None:
+        """Takes the GPU back, bit for bit."""
+        self._engine.reload()
+
     def close(self) -> None:
         """Leaves the process group and drops gradients."""
         self._engine.close()

@@ -64,6 +64,14 @@ class PairedLearner:
         for learner in self._both:
             learner.load(folder)
 
+    def offload(self) -> None:
+        for learner in self._both:
+            learner.offload()
+
+    def reload(self) -> None:
+        for learner in self._both:
+            learner.reload()
+
     def close(self) -> None:
         """The guest leaves first."""
         for learner in reversed(self._both):

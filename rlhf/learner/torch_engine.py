@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rlhf.config import LearnerConfig
 from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
-from rlhf.learner.state import read_states, restore_states, states_of, write_states
+from rlhf.learner.state import MOMENTS, read_states, restore_states, states_of, write_states
+from rlhf.models.offload import Offloaded, tensors_of
 from rlhf.models.policy import ModelInputs
 
 
@@ -35,6 +36,7 @@ class TorchEngine:
                     parameter.data = parameter.data.to(torch.bfloat16)
             self._masters = [nn.Parameter(parameter.detach().float()) for parameter in self._parameters]
         self._optimizer = adamw(self._masters, config)
+        self._offloaded: Offloaded | None = None
         if self._masters is self._parameters:
             check_optimized(policy, self._optimizer)
 
@@ -77,6 +79,15 @@ class TorchEngine:
         shapes = {name: master.shape for name, master in zip(self._names, self._masters, strict=True)}
         restore_states(read_states(folder, shapes), self._masters, self._optimizer)
         self._publish_masters()
+
+    def offload(self) -> None:
+        moments = [self._optimizer.state[master][kind] for master in self._optimizer.state for kind in MOMENTS]
+        self._offloaded = Offloaded([*tensors_of(self.policy), *self._masters, *moments])
+
+    def reload(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.restore()
+            self._offloaded = None
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
