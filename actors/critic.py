@@ -39,6 +39,12 @@ class CriticRank:
         measured = self._learner.update(batch)
         return self._learner.version, measured
 
+    def offload(self) -> None:
+        self._learner.offload()
+
+    def reload(self) -> None:
+        self._learner.reload()
+
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
 

@@ -7,8 +7,10 @@ from typing import Any
 import ray
 
 from actors.worker import Place, place_of_this_actor
+from rlhf.errors import RunFailed
 from rlhf.experience import Group
 from rlhf.interfaces import Judge
+from rlhf.judges.reference import ReferenceJudge
 
 
 class JudgeHost:
@@ -31,6 +33,18 @@ class JudgeHost:
         columns = self._judge.judge(group)
         yield columns
         yield group.prompt.id, time.monotonic() - before
+
+    def sleep(self) -> None:
+        """Gives its GPU up until `wake`; of judges that can."""
+        self._sleeper().sleep()
+
+    def wake(self) -> None:
+        self._sleeper().wake()
+
+    def _sleeper(self) -> ReferenceJudge:
+        if not isinstance(self._judge, ReferenceJudge):
+            raise RunFailed(f"a {type(self._judge).__name__} cannot sleep; only the reference model takes turns")
+        return self._judge
 
     def close(self) -> None:
         self._judge.close()

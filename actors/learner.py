@@ -26,13 +26,14 @@ class RemoteLearner:
     Policy and critic work at the same time: both fill in their columns of the same groups, and both learn from the
     same batch. A call that finds a rank of either dead raises TrainerDied; the next `load` then starts all ranks of
     both anew, because the critic of a policy is the one that learnt from the same steps. A rank that shows no sign of
-    life for lifeless_s counts as dead."""
+    life for lifeless_s counts as dead. `sharing`, the groups that take turns on their GPUs."""
 
     def __init__(
         self,
         policy: RankGroup,
         critic: RankGroup | None,
         notices: Notices,
+        sharing: Sequence[RankGroup],
         timeout_s: float,
         lifeless_s: float,
         *,
@@ -40,6 +41,7 @@ class RemoteLearner:
     ) -> None:
         self._policy, self._notices = policy, notices
         self._trained = [policy] if critic is None else [policy, critic]
+        self._sharing, self._offloaded = sharing, False
         self._timeout_s = timeout_s
         self._annotates = annotates
         self._life, self._version = 0, 0
@@ -59,7 +61,7 @@ class RemoteLearner:
     def annotate(self, groups: Handle) -> Handle:
         if not self._annotates:
             return groups
-        shares = self._ask(lambda rank: rank.annotate_share.remote(groups))
+        shares = self._ask(lambda rank: rank.annotate_share.remote(groups), self._trained)
         self._all(shares, "annotating")
         return self._policy.ranks[0].fill_in.remote(groups, *shares.values())
 
@@ -67,7 +69,9 @@ class RemoteLearner:
         return self._policy.ranks[0].prepare.remote(groups)
 
     def update(self, batch: Handle) -> Metrics:
-        answers = self._all(self._ask(lambda rank: rank.update.remote(batch)), f"update {self._version + 1}")
+        answers = self._all(
+            self._ask(lambda rank: rank.update.remote(batch), self._trained), f"update {self._version + 1}"
+        )
         self._version = _common([version for version, _ in answers], "the update")
         return metrics.merge(measured for _, measured in answers)
 
@@ -83,8 +87,20 @@ class RemoteLearner:
         published, *_ = self._all(summaries, f"publishing version {self._version}")
         return Published(published.version, published.fingerprint, published.size_bytes, refs[0][1])
 
+    def offload(self) -> None:
+        """The ranks that share their GPUs give them up, until `reload`."""
+        if not self._offloaded:
+            self._all(self._ask(lambda rank: rank.offload.remote(), self._sharing), "giving the GPUs up")
+            self._offloaded = True
+
+    def reload(self) -> None:
+        """Does nothing for ranks of which one is known to be dead: `load` brings others, which have their GPUs."""
+        if self._offloaded and not self._dead:
+            self._all(self._ask(lambda rank: rank.reload.remote(), self._sharing), "taking the GPUs back")
+            self._offloaded = False
+
     def save(self, folder: Path) -> None:
-        self._all(self._ask(lambda rank: rank.save.remote(folder)), f"saving to {folder}")
+        self._all(self._ask(lambda rank: rank.save.remote(folder), self._trained), f"saving to {folder}")
 
     def notice(self) -> bool:
         return self._notices.due()
@@ -101,11 +117,11 @@ class RemoteLearner:
         if self._dead:
             self._start_again()
         if folder is not None:
-            versions = self._all(self._ask(lambda rank: rank.load.remote(folder)), f"loading {folder}")
+            versions = self._all(self._ask(lambda rank: rank.load.remote(folder), self._trained), f"loading {folder}")
             self._version = _common(versions, f"loading {folder}")
 
     def _start_again(self) -> None:
-        self._life, self._version = self._life + 1, 0
+        self._life, self._version, self._offloaded = self._life + 1, 0, False
         for group in self._trained:
             for rank in group.ranks:
                 self._pulses.forget(rank)
@@ -118,10 +134,12 @@ class RemoteLearner:
         for number, rank in enumerate(group.ranks):
             self._pulses.follow(rank, group.name_of(number))
 
-    def _ask(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> dict[str, ray.ObjectRef]:
-        """The same call to every rank of policy and critic, the policy's rank 0 first; answers by who gives them."""
+    def _ask(
+        self, call: Callable[[ActorHandle], ray.ObjectRef], groups: Sequence[RankGroup]
+    ) -> dict[str, ray.ObjectRef]:
+        """The same call to every rank of the groups, the policy's rank 0 first; answers by who gives them."""
         asked: dict[str, ray.ObjectRef] = {}
-        for group in self._trained:
+        for group in groups:
             asked |= group.named([call(rank) for rank in group.ranks])
         return asked
 

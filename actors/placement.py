@@ -51,17 +51,6 @@ QUIET = {
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RLHF_CACHE", RUN_VARIABLE)
 
 
-def roles_of(cluster: Cluster) -> Mapping[str, Role]:
-    return {
-        "trainer": cluster.trainer,
-        "critic": cluster.critic,
-        "rollout": cluster.rollout,
-        "reference": cluster.reference,
-        "reward": cluster.reward,
-        "buffer": cluster.buffer,
-    }
-
-
 @contextmanager
 def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
     """Ray, started here or joined where it runs. At the end one that was started here is gone, with all its processes;
@@ -257,6 +246,10 @@ class RankPlaces:
         order = rank_order(nodes, addresses, self._before)
         self._before = [nodes[bundle] for bundle in order]
         return [PlacementGroupSchedulingStrategy(self._group, bundle) for bundle in order]
+
+    def seat(self, number: int) -> PlacementGroupSchedulingStrategy:
+        """The place of this number, for an actor that shares it with a rank."""
+        return PlacementGroupSchedulingStrategy(self._group, number)
 
     def release(self) -> None:
         self.give_up_elsewhere()

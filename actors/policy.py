@@ -58,6 +58,12 @@ class PolicyRank:
         weights = replace(weights, life=life)
         return Published(weights.version, weights.fingerprint, weights.size_bytes, None), weights
 
+    def offload(self) -> None:
+        self._learner.offload()
+
+    def reload(self) -> None:
+        self._learner.reload()
+
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
 

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from actors import heartbeat, placement, waiting
 from actors.losses import Losses, taken_back
 from actors.shortage import Shortage
-from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death, is_unreachable
+from actors.worker import Errand, Phase, PoolSpec, Worker, cause_of_death, is_unreachable, worker_name
 from rlhf.errors import ActorDied, RunFailed, WorkerLost
 from rlhf.interfaces import Handle, Published, Replacements, Result, Task
 from rlhf.weights import Receipt
@@ -98,7 +98,7 @@ class ActorWorkers:
                 gone = WorkerLost(f"{worker} left before it began", counted=False)
                 self._finished.append(Result(task.number, task.prompt_ids, None, gone, worker, 0.0))
             else:
-                named.start(task, bound=True, in_slices=self._spec.mid_task)
+                named.start(task, bound=True, in_slices=self._spec.in_slices)
 
     def collect(self, timeout_s: float) -> list[Result]:
         self._tell_notes()
@@ -211,7 +211,7 @@ class ActorWorkers:
 
     def _new_worker(self, slot: int) -> Worker:
         number, self._incarnations[slot] = self._incarnations[slot], self._incarnations[slot] + 1
-        name = f"{self._spec.role}-{slot}" + (f".{number}" if number else "")
+        name = worker_name(self._spec.role, slot, number)
         actor, now = self._hire(name), time.monotonic()
         self._pulses.follow(actor, name)
         return Worker(slot, name, actor, actor.where.remote(), now, now)
@@ -382,7 +382,7 @@ class ActorWorkers:
             if not able:
                 return
             worker = min(able, key=lambda worker: (len(worker.errands), worker.slot))
-            worker.start(self._queue.popleft(), bound=False, in_slices=self._spec.mid_task)
+            worker.start(self._queue.popleft(), bound=False, in_slices=self._spec.in_slices)
 
     def _is_busy(self) -> bool:
         return bool(self._queue) or any(worker.errands for worker in self._workers)

@@ -10,7 +10,7 @@ import ray
 from actors.worker import Place, place_of_this_actor
 from rlhf.config import RunConfig
 from rlhf.errors import RunFailed
-from rlhf.generation.build import build_generator
+from rlhf.generation.build import build_generator, build_sleeper
 from rlhf.generation.engine import StepwiseGroups
 from rlhf.interfaces import Request
 from rlhf.weights import Receipt, Weights
@@ -23,12 +23,13 @@ class Rollout:
     """One rollout engine: pulls weights, answers requests, yields each group as soon as it is finished.
 
     With generation.weights_mid_sequence it works in slices: `work` and `go_on` return with samples in flight, so that
-    a `load` that was asked for meanwhile comes between two of them."""
+    a `load` that was asked for meanwhile comes between two of them. So it does where it takes turns on its GPU, for
+    `sleep`, which ends them."""
 
-    def __init__(self, config: RunConfig, name: str) -> None:
-        self._generator = build_generator(config, name)
+    def __init__(self, config: RunConfig, name: str, takes_turns: bool) -> None:
+        self._generator = (build_sleeper if takes_turns else build_generator)(config, name)
         assert config.generation is not None  # the settings refuse a run that samples without it
-        self._slice_s = SLICE_S if config.generation.weights_mid_sequence else math.inf
+        self._slice_s = SLICE_S if takes_turns or config.generation.weights_mid_sequence else math.inf
         self._steps: StepwiseGroups | None = None
         self._before = 0.0
 
@@ -40,6 +41,13 @@ class Rollout:
 
     def load(self, weights: Weights) -> Receipt:
         return self._generator.load(weights)
+
+    def sleep(self) -> None:
+        """Gives up what it was at, and its GPU, until the next `load`."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._generator.sleep()
 
     def work(self, request: Request) -> Iterator[Any]:
         """For each group: the group, then (prompt id, seconds since the last one). None and None, at the start and

@@ -20,16 +20,19 @@ from actors.policy import PolicyActor
 from actors.pool import ActorWorkers
 from actors.ranks import RankGroup
 from actors.rollout import RolloutActor
-from actors.worker import PoolSpec
+from actors.turn_taking import SleepingActors
+from actors.worker import PoolSpec, slot_of
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Ranks, Role
+from rlhf.colocation import shared_gpus, turn_takers
 from rlhf.errors import ActorDied, TrainerDied
 from rlhf.experience import REF_LOGPROBS, REWARD
 from rlhf.judges.build import build_reward_judge, longest_call_s
 from rlhf.judges.reference import ReferenceJudge
 from rlhf.loop import Team
 from rlhf.sources import MAX_ATTEMPTS, JudgeDesk, PolicySource
-from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, scales_of
+from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, roles_of, scales_of
+from rlhf.turns import take_turns
 
 CLOSE_TIMEOUT_S = 10.0
 JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
@@ -38,16 +41,7 @@ JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
 @contextmanager
 def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """The team on Ray. Its actors end with it; Ray itself only where it was started here."""
-    roles = dict(placement.roles_of(order.cluster))
-    if not order.blueprint.has_critic:
-        del roles["critic"]
-    if not order.blueprint.reference_judge:
-        del roles["reference"]
-    if not order.blueprint.samples:
-        del roles["rollout"]
-    if order.blueprint.config.reward is None:
-        del roles["reward"]
-    with placement.started(order.cluster, roles):
+    with placement.started(order.cluster, roles_of(order)):
         crew = _Crew(order.cluster)
         try:
             yield _build(order, crew)
@@ -72,7 +66,8 @@ class _Crew:
 
     def pool(self, spec: PoolSpec, hire: Callable[[str], ActorHandle], note: Callable[[str], None]) -> ActorWorkers:
         """A pool whose workers are of this crew; it looks after them until the crew is dismissed."""
-        pool = ActorWorkers(spec, hire, lambda actor: self.end([actor]), note)
+        kind = SleepingActors if spec.takes_turns else ActorWorkers
+        pool = kind(spec, hire, lambda actor: self.end([actor]), note)
         self._pools.append(pool)
         return pool
 
@@ -116,42 +111,69 @@ class _Crew:
 
 @dataclass(frozen=True, slots=True)
 class _Reserved:
-    """The places that are held for the ranks of a role, and what was asked for them."""
+    """Places that are held: for the ranks of a role, or for all actors of a colocation group. parts, what an actor of
+    each role takes of one."""
 
     seats: placement.RankPlaces
     claim: placement.Claim
+    parts: Mapping[str, Role]
+
+    def seat(self, worker: str) -> placement.Seat:
+        """Where a worker of a pool goes, by its name."""
+        return self.seats.seat(slot_of(worker))
 
 
-def _reserve(name: str, role: Ranks, crew: _Crew) -> _Reserved:
-    seats = crew.reserve(role)
-    return _Reserved(seats, placement.Claim(name, role, role.replicas, seats.placed))
+def _reserve(order: Order, crew: _Crew) -> dict[str, _Reserved]:
+    """Asks for the places of the ranks and of those who share them, by role."""
+    roles, found = roles_of(order), dict[str, _Reserved]()
+
+    def hold(name: str, role: Ranks, parts: Mapping[str, Role]) -> None:
+        seats = crew.reserve(role)
+        reserved = _Reserved(seats, placement.Claim(name, role, role.replicas, seats.placed), parts)
+        found.update({part: reserved for part in parts})
+
+    for shared in shared_gpus(order.cluster, roles):
+        hold(shared.name, shared.bundles, {name: shared.part_of(name) for name in shared.roles})
+    for name, role in roles.items():
+        if isinstance(role, Ranks) and name not in found:
+            hold(name, role, {name: role})
+    return found
 
 
 def _build(order: Order, crew: _Crew) -> tuple[Team, PolicySource]:
     """Asks for everything at once, waits until all have a place and are set up, then puts the team together."""
-    cluster = order.cluster
-    reserved = {"trainer": _reserve("trainer", cluster.trainer, crew)}
-    if order.blueprint.has_critic:
-        reserved["critic"] = _reserve("critic", cluster.critic, crew)
+    reserved = _reserve(order, crew)
     buffer = _hire_buffer(order, crew)
     rows = dataset_workers(order)
-    engines = [] if rows else [_hire_engines(order, crew)]
-    judges = _hire_judges(order, crew)
-    ledger = placement.Claim("buffer", cluster.buffer, 1, buffer.placed)
-    pools = [pool.claim() for pool in [*engines, *judges.values()]]
-    _wait_for_places(order, [*(each.claim for each in reserved.values()), ledger, *pools])
+    engines = {} if rows else {"rollout": _hire_engines(order, crew, reserved)}
+    judges = _hire_judges(order, crew, reserved)
+    pools = {**engines, **judges}
+    ledger = placement.Claim("buffer", order.cluster.buffer, 1, buffer.placed)
+    apart = [pool.claim() for name, pool in pools.items() if name not in reserved]
+    _wait_for_places(order, [*_claims(reserved), ledger, *apart])
     learner = _hire_learner(order, crew, reserved)
     buffer.open()
     for name, value in pins(order).items():
         buffer.pin(name, value)
     learner.set_up()
-    for pool in [*engines, *judges.values()]:
+    sleepers = [pool for pool in pools.values() if isinstance(pool, SleepingActors)]
+    if sleepers:
+        learner.offload()  # while the samplers are set up
+    for sleeper in sleepers:
+        sleeper.wake()
+    for pool in pools.values():
         pool.wait_until_up()
     desks = [
         JudgeDesk(name, frozenset({JUDGED[name]}), examines(order, name), pool, failures_of(order, name))
         for name, pool in judges.items()
     ]
-    return assemble(order, learner, buffer, rows or engines[0], desks)
+    taking, rollouts, desks_in_turn = take_turns(learner, rows or engines["rollout"], desks)
+    return assemble(order, taking, buffer, rollouts, desks_in_turn)
+
+
+def _claims(reserved: Mapping[str, _Reserved]) -> list[placement.Claim]:
+    """One a group of places, whoever shares them."""
+    return list({id(each): each.claim for each in reserved.values()}.values())
 
 
 def _wait_for_places(order: Order, claims: Sequence[placement.Claim]) -> None:
@@ -175,24 +197,35 @@ def _hire_buffer(order: Order, crew: _Crew) -> RemoteBuffer:
 
 def _hire_learner(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) -> RemoteLearner:
     """The ranks of the policy, and of the critic where there is one, each on the places that are held for them."""
-    blueprint = order.blueprint
-    policy = _hire_ranks(order, crew, "policy", PolicyActor, reserved["trainer"])
-    critic = _hire_ranks(order, crew, "critic", CriticActor, reserved["critic"]) if blueprint.has_critic else None
-    notices = Notices({name: each.seats for name, each in reserved.items()}, order.note)
+    blueprint, takers = order.blueprint, turn_takers(order.cluster, roles_of(order))
+    policy = _hire_ranks(order, crew, "policy", "trainer", PolicyActor, reserved)
+    critic = _hire_ranks(order, crew, "critic", "critic", CriticActor, reserved) if blueprint.has_critic else None
+    sharing = [group for name, group in (("trainer", policy), ("critic", critic)) if group and name in takers]
+    notices = Notices({each.claim.name: each.seats for each in reserved.values()}, order.note)
     loop = blueprint.config.loop
     return RemoteLearner(
-        policy, critic, notices, loop.wait_timeout_s, loop.heartbeat_timeout_s, annotates=blueprint.learner_annotates
+        policy,
+        critic,
+        notices,
+        sharing,
+        loop.wait_timeout_s,
+        loop.heartbeat_timeout_s,
+        annotates=blueprint.learner_annotates,
     )
 
 
-def _hire_ranks(order: Order, crew: _Crew, name: str, actor_class: Any, reserved: _Reserved) -> RankGroup:
-    config, role, seats = order.blueprint.config, reserved.claim.role, reserved.seats
-    threads, role_name = order.cluster.threads_of(role), reserved.claim.name
+def _hire_ranks(
+    order: Order, crew: _Crew, name: str, role_name: str, actor_class: Any, places: Mapping[str, _Reserved]
+) -> RankGroup:
+    """name, how messages call the group of ranks of the role."""
+    config, reserved = order.blueprint.config, places[role_name]
+    role, seats = reserved.parts[role_name], reserved.seats
+    threads = order.cluster.threads_of(role)
 
     def start() -> list[ActorHandle]:
         return [
             crew.hire(role_name, actor_class, role, config, rank, role.replicas, threads, closable=False, seat=seat)
-            for rank, seat in enumerate(seats.seats())
+            for rank, seat in enumerate(seats.seats()[: role.replicas])
         ]
 
     return RankGroup(name, start(), partial(_started_again, order, crew, reserved, start), crew.end)
@@ -222,31 +255,39 @@ def _started_again(
             return ranks
 
 
-def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
-    role, config = order.cluster.rollout, order.blueprint.config
-    return crew.pool(
-        _pool_spec(order, "rollout", role, takes_weights=True, call_limit_s=0.0),
-        lambda name: crew.hire("rollout", RolloutActor, role, config, name, closable=True, seat=None),
-        order.note,
-    )
+def _hire_engines(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) -> ActorWorkers:
+    config, places = order.blueprint.config, reserved.get("rollout")
+    role = order.cluster.rollout if places is None else places.parts["rollout"]
+    spec = _pool_spec(order, "rollout", role, takes_weights=True, call_limit_s=0.0)
+
+    def hire(name: str) -> ActorHandle:
+        seat = None if places is None else places.seat(name)
+        arguments = (config, name, spec.takes_turns)
+        return crew.hire("rollout", RolloutActor, role, *arguments, closable=True, seat=seat)
+
+    return crew.pool(spec, hire, order.note)
 
 
-def _hire_judges(order: Order, crew: _Crew) -> dict[str, ActorWorkers]:
-    config, cluster = order.blueprint.config, order.cluster
+def _hire_judges(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) -> dict[str, ActorWorkers]:
+    config = order.blueprint.config
 
-    def pool(name: str, role: Role, build: Any, arguments: tuple[Any, ...], call_limit_s: float) -> ActorWorkers:
+    def pool(name: str, build: Any, arguments: tuple[Any, ...], call_limit_s: float) -> ActorWorkers:
+        places = reserved.get(name)
+        role = order.cluster.roles[name] if places is None else places.parts[name]
         spec = _pool_spec(order, name, role, takes_weights=False, call_limit_s=call_limit_s)
-        return crew.pool(
-            spec, lambda _: crew.hire(name, JudgeActor, role, build, arguments, closable=True, seat=None), order.note
-        )
+
+        def hire(worker: str) -> ActorHandle:
+            seat = None if places is None else places.seat(worker)
+            return crew.hire(name, JudgeActor, role, build, arguments, closable=True, seat=seat)
+
+        return crew.pool(spec, hire, order.note)
 
     judges = {}
     if config.reward is not None:
         scales = scales_of(order, partial(_raw_rewards, order, crew))
-        arguments = (config, scales, order.run_dir)
-        judges["reward"] = pool("reward", cluster.reward, build_reward_judge, arguments, longest_call_s(config))
+        judges["reward"] = pool("reward", build_reward_judge, (config, scales, order.run_dir), longest_call_s(config))
     if order.blueprint.reference_judge:
-        judges["reference"] = pool("reference", cluster.reference, ReferenceJudge, (config,), 0.0)
+        judges["reference"] = pool("reference", ReferenceJudge, (config,), 0.0)
     return judges
 
 
@@ -285,4 +326,5 @@ def _pool_spec(order: Order, name: str, role: Role, *, takes_weights: bool, call
         placement_timeout_s=order.cluster.placement_timeout_s,
         max_restarts=loop.max_restarts,
         idle_release_s=role.idle_release_s or math.inf,
+        takes_turns=name in turn_takers(order.cluster, roles_of(order)),
     )

@@ -2,6 +2,8 @@
 
     asked -> starting -> setting up -> (no weights yet -> loading ->) ready -> leaving or lost
 
+Where it takes turns on its GPU (actors/turn_taking.py) it may wait with its set-up, and is asleep between two turns.
+
 The actor has `where`, `setup` and `work`, and where its pool is given weights `load`; where that may come in the middle
 of a task, `work` ends after a while and `go_on` yields the rest. `work` yields pairs: a value,
 then (prompt id, seconds); or None and None, a mark: it has begun, or it has advanced. The driver fetches the second of
@@ -25,7 +27,19 @@ from rlhf.errors import RunFailed
 from rlhf.interfaces import Published, Task
 from rlhf.workers import held
 
-Phase = Literal["asked", "starting", "setting up", "without weights", "loading", "ready"]
+Phase = Literal[
+    "asked",
+    "starting",
+    "waiting its turn",
+    "setting up",
+    "without weights",
+    "loading",
+    "ready",
+    "falling asleep",
+    "asleep",
+    "waking",
+]
+COMING_UP: tuple[Phase, ...] = ("asked", "starting", "setting up", "loading", "falling asleep", "waking")
 NAMED = 8  # prompts in a message
 HEADER_TIMEOUT_S = 60.0  # two numbers that Ray has said are there
 
@@ -35,7 +49,8 @@ class PoolSpec:
     """A role's pool in plain values. `needed` of `size` workers must be up for the run to start, the others are asked
     for then; `resources` says what each takes; `mid_task`, whether weights are taken in the middle of a task;
     `silence_s` is how long one that holds work may not advance, `lifeless_s` how long one may show no sign of life,
-    whatever it is at; `idle_release_s`, how long one that is not needed may be without work."""
+    whatever it is at; `idle_release_s`, how long one that is not needed may be without work; `takes_turns`, whether
+    they share their GPUs with the trainer."""
 
     role: str
     size: int
@@ -49,6 +64,12 @@ class PoolSpec:
     placement_timeout_s: float
     max_restarts: int
     idle_release_s: float
+    takes_turns: bool
+
+    @property
+    def in_slices(self) -> bool:
+        """Whether a task is done in slices, so that something else can come between two of them."""
+        return self.mid_task or (self.takes_weights and self.takes_turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,16 @@ class Place:
     host: str
     pid: int
     actor_id: str
+
+
+def worker_name(role: str, slot: int, lives: int) -> str:
+    """How messages call the worker of a slot after so many lives of it."""
+    return f"{role}-{slot}" + (f".{lives}" if lives else "")
+
+
+def slot_of(name: str) -> int:
+    """The slot of a worker by its name."""
+    return int(name.rpartition("-")[2].partition(".")[0])
 
 
 def place_of_this_actor() -> Place:
@@ -134,7 +165,7 @@ class Worker:
     @property
     def comes_up(self) -> bool:
         """Whether it waits for the answer that brings it to the next phase."""
-        return self.phase in ("asked", "starting", "setting up", "loading")
+        return self.phase in COMING_UP
 
     @property
     def whereabouts(self) -> str:
@@ -160,7 +191,7 @@ class Worker:
             return f"was {doing} and showed no sign of life for {lifeless_s:.0f} s, stopped or cut off"
         if self.errands and now - self.sign > silence_s:
             return f"did not advance for {now - self.sign:.0f} s"
-        limited = self.phase in ("starting", "setting up", "loading") and not self.errands
+        limited = self.phase in COMING_UP and self.phase != "asked" and not self.errands
         if limited and now - max(self.since, self.sign) > wait_timeout_s:
             return f"was {self.phase} for {now - self.since:.0f} s"
         return None

@@ -4,6 +4,7 @@ Results do not depend on it. Pydantic, unknown keys refused; imports neither tor
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -119,9 +120,8 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _takes_turns(self) -> Self:
         named = [name for group in self.colocation for name in group]
-        roles = {"trainer": self.trainer, "critic": self.critic, "rollout": self.rollout, "reference": self.reference}
         for name in named:
-            role, place = roles[name], f"colocation: {name}"
+            role, place = self.roles[name], f"colocation: {name}"
             if named.count(name) > 1:
                 raise ValueError(f"{place} is named {named.count(name)} times; expected once, in one group")
             if role.gpus != 1:
@@ -156,6 +156,18 @@ class Cluster(Section):
             if role.min_replicas is not None:
                 raise ValueError(f"{name}.min_replicas: the {name} does not grow or shrink during a run; leave it out")
         return self
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """All roles by name, those that a run does not have, too."""
+        return {
+            "trainer": self.trainer,
+            "critic": self.critic,
+            "rollout": self.rollout,
+            "reference": self.reference,
+            "reward": self.reward,
+            "buffer": self.buffer,
+        }
 
     def threads_of(self, role: Role) -> int:
         """Compute threads of an actor of this role, the same in one process and on Ray."""

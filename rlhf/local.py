@@ -1,6 +1,6 @@
 """The team in one process: the same parts as on Ray, without it, under any debugger."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,10 @@ import torch
 
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.buffer.store import ExperienceBuffer
+from rlhf.colocation import turn_takers
 from rlhf.experience import REF_LOGPROBS, REWARD, Group, TrainBatch, fill_in
-from rlhf.generation.build import build_generator
-from rlhf.interfaces import Judge, Published
+from rlhf.generation.build import build_generator, build_sleeper
+from rlhf.interfaces import Judge, Published, Workers
 from rlhf.judges.build import build_reward_judge
 from rlhf.judges.reference import ReferenceJudge
 from rlhf.judges.weighted import Scale
@@ -19,8 +20,9 @@ from rlhf.learner.paired import PairedLearner
 from rlhf.loop import Team
 from rlhf.metrics import Metrics
 from rlhf.sources import MAX_ATTEMPTS, JudgeDesk, PolicySource
-from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, scales_of
-from rlhf.workers import LocalWorkers, MidTaskWorkers, answers, judgement
+from rlhf.team import Order, assemble, dataset_workers, examines, failures_of, pins, roles_of, scales_of
+from rlhf.turns import take_turns
+from rlhf.workers import LocalWorkers, MidTaskWorkers, SleepingLocalWorkers, answers, judgement
 
 
 class LocalLearner:
@@ -49,6 +51,12 @@ class LocalLearner:
         weights = self._rank.publish()
         assert weights is not None  # rank 0 publishes
         return Published(weights.version, weights.fingerprint, weights.size_bytes, weights)
+
+    def offload(self) -> None:
+        self._rank.offload()
+
+    def reload(self) -> None:
+        self._rank.reload()
 
     def save(self, folder: Path) -> None:
         self._rank.save(folder)
@@ -84,21 +92,41 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
         rank = PairedLearner(config, blueprint.algorithm, 0, 1, None)
         rank.setup()
         closing.callback(rank.close)  # after the generator: vLLM leaves the process group that they may share
-        rollouts = dataset_workers(order)
-        if rollouts is None:
-            generator = build_generator(config, "rollout-0")
-            closing.callback(generator.close)
-            generator.setup()
-            kind = MidTaskWorkers if blueprint.mid_sequence else LocalWorkers
-            rollouts = kind("rollout-0", partial(answers, generator), generator.load)
-        desks = []
-        for name, columns, judge in _judges(order, scales):
-            closing.callback(judge.close)
-            judge.setup()
-            work = partial(judgement, judge)
-            workers = LocalWorkers(name, work, None)
-            desks.append(JudgeDesk(name, columns, examines(order, name), workers, failures_of(order, name)))
-        yield assemble(order, LocalLearner(rank), buffer, rollouts, desks)
+        takers = turn_takers(order.cluster, roles_of(order))
+        if takers:
+            rank.offload()  # while the samplers are set up
+        rollouts, desks = _samplers(order, scales, takers, closing)
+        learner, rollouts, desks = take_turns(LocalLearner(rank), rollouts, desks)
+        yield assemble(order, learner, buffer, rollouts, desks)
+
+
+def _samplers(
+    order: Order, scales: Mapping[str, Scale], takers: frozenset[str], closing: ExitStack
+) -> tuple[Workers, Sequence[JudgeDesk]]:
+    """The engine, or what looks rows up, and the judges, set up; those that take turns can sleep."""
+    config, rollouts = order.blueprint.config, dataset_workers(order)
+    if rollouts is None:
+        sleeps = "rollout" in takers
+        generator = (build_sleeper if sleeps else build_generator)(config, "rollout-0")
+        closing.callback(generator.close)
+        generator.setup()
+        work = partial(answers, generator)
+        if sleeps:
+            rollouts = SleepingLocalWorkers("rollout-0", work, generator.load, generator.sleep, None)
+        else:
+            kind = MidTaskWorkers if order.blueprint.mid_sequence else LocalWorkers
+            rollouts = kind("rollout-0", work, generator.load)
+    desks = []
+    for name, columns, judge in _judges(order, scales):
+        closing.callback(judge.close)
+        judge.setup()
+        judging = partial(judgement, judge)
+        workers = LocalWorkers(name, judging, None)
+        if name in takers:
+            assert isinstance(judge, ReferenceJudge)  # the only judge that a colocation group may name
+            workers = SleepingLocalWorkers(name, judging, None, judge.sleep, judge.wake)
+        desks.append(JudgeDesk(name, columns, examines(order, name), workers, failures_of(order, name)))
+    return rollouts, desks
 
 
 @contextmanager

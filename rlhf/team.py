@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from rlhf.admission import PromptSupply
 from rlhf.blueprint import Blueprint
-from rlhf.cluster import Cluster
+from rlhf.cluster import Cluster, Role
 from rlhf.data.mixed import MixedSet
 from rlhf.data.offline import DatasetGenerator, OfflineSet
 from rlhf.data.recorded import RecordedSet
@@ -66,6 +66,18 @@ class Order:
     stop: Callable[[], bool]
     note: Callable[[str], None]
     restarting: Callable[[Part, ActorDied], None]
+
+
+def roles_of(order: Order) -> dict[str, Role]:
+    """The roles that this run has, by name, as the cluster file gives them."""
+    blueprint = order.blueprint
+    absent = {
+        "critic": not blueprint.has_critic,
+        "reference": not blueprint.reference_judge,
+        "rollout": not blueprint.samples,
+        "reward": blueprint.config.reward is None,
+    }
+    return {name: role for name, role in order.cluster.roles.items() if not absent.get(name, False)}
 
 
 def pins(order: Order) -> dict[str, str]:

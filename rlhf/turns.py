@@ -6,11 +6,13 @@ what they are asked. A change that fails, because a process died in it, leaves n
 next one. Knows neither tensors nor Ray."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from rlhf.interfaces import Handle, Learner, Published, Replacements, Result, Task, Workers
 from rlhf.metrics import Metrics
+from rlhf.sources import JudgeDesk
 
 if TYPE_CHECKING:
     from rlhf.weights import Receipt
@@ -26,6 +28,7 @@ class OffloadingLearner(Learner, Protocol):
         """Takes the GPUs back, bit for bit. Does nothing for one that holds them, or whose ranks died: `load`."""
 
 
+@runtime_checkable
 class SleepingWorkers(Workers, Protocol):
     """Workers that can give their GPUs up."""
 
@@ -37,11 +40,11 @@ class SleepingWorkers(Workers, Protocol):
 
 
 class Turns:
-    """Whose turn it is. A run begins with the learner's: the samplers are not set up yet."""
+    """Whose turn it is. It begins with the samplers', which are set up while the learner has given its GPUs up."""
 
     def __init__(self, learner: OffloadingLearner, samplers: Sequence[SleepingWorkers]) -> None:
         self._learner, self._samplers = learner, samplers
-        self._whose: Literal["learner", "samplers"] | None = "learner"
+        self._whose: Literal["learner", "samplers"] | None = "samplers"
 
     def learner(self) -> None:
         """From here on the GPUs are the learner's."""
@@ -112,6 +115,13 @@ class TurnTakingLearner:
         self._turns.learner()
         self._learner.load(folder)
 
+    def notice(self) -> bool:
+        return self._learner.notice()
+
+    def move(self, folder: Path) -> bool:
+        self._turns.learner()
+        return self._learner.move(folder)
+
 
 class TurnTakingWorkers:
     """`Workers` that take their turn when somebody waits for them."""
@@ -148,3 +158,19 @@ class TurnTakingWorkers:
 
     def fetch(self, handle: Handle) -> Any:
         return self._workers.fetch(handle)
+
+
+def take_turns(
+    learner: OffloadingLearner, rollouts: Workers, desks: Sequence[JudgeDesk]
+) -> tuple[Learner, Workers, Sequence[JudgeDesk]]:
+    """The same team, in which those workers that can sleep take turns with the learner; nothing new without any."""
+    sleepers = [each for each in (rollouts, *(desk.workers for desk in desks)) if isinstance(each, SleepingWorkers)]
+    if not sleepers:
+        return learner, rollouts, desks
+    turns = Turns(learner, sleepers)
+
+    def wrapped(workers: Workers) -> Workers:
+        return TurnTakingWorkers(workers, turns) if isinstance(workers, SleepingWorkers) else workers
+
+    taking = [replace(desk, workers=wrapped(desk.workers)) for desk in desks]
+    return TurnTakingLearner(learner, turns), wrapped(rollouts), taking

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors import JudgeFailed
+from rlhf.errors import JudgeFailed, WorkerLost
 from rlhf.experience import Group
 from rlhf.interfaces import Generator, Handle, Judge, Published, Replacements, Request, Result, Task
 
@@ -105,6 +105,43 @@ class MidTaskWorkers(LocalWorkers):
 
     def _before_load(self) -> None:
         pass
+
+
+class SleepingLocalWorkers(LocalWorkers):
+    """The same, whose worker takes turns on a GPU: `sleep` and `wake` are its own, and `load` is what wakes one that
+    takes weights."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[Any], Iterator[tuple[int, Any]]],
+        load: "Callable[[Weights], Receipt] | None",
+        sleep: Callable[[], None],
+        wake: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(name, work, load)
+        self._fall_asleep, self._wake_up = sleep, wake
+        self._published: Published | None = None
+
+    def load(self, published: Published) -> "list[Receipt]":
+        self._published = published
+        return super().load(published)
+
+    def sleep(self) -> None:
+        """Gives up the task that was begun, with all prompts that have not come; then sleeps."""
+        if self._errands and self._errands[0].results is not None:
+            errand = self._errands.popleft()
+            errand.results = None  # ends the engine's call
+            error = WorkerLost(f"{self._name} sleeps, and gave up what it was at", counted=False)
+            lost = tuple(sorted(errand.missing))
+            self._finished.append(Result(errand.task.number, lost, None, error, self._name, 0.0))
+        self._fall_asleep()
+
+    def wake(self) -> None:
+        if self._wake_up is not None:
+            self._wake_up()
+        elif self._published is not None:
+            super().load(self._published)
 
 
 def answers(generator: Generator, request: Request) -> Iterator[tuple[int, Group]]:

@@ -204,7 +204,7 @@ def test_a_cluster_file_that_does_not_fit_a_critic_is_refused_where_there_is_one
 def test_the_processes_of_each_role_can_be_told_apart() -> None:
     """By the name in their environment, which a chaos file uses."""
     cluster = Cluster()
-    roles = placement.roles_of(cluster)
+    roles = cluster.roles
     assert {"driver", *roles} == set(get_args(Role)) and "critic" in roles
     for name, role in roles.items():
         assert placement.options(cluster, name, role)["runtime_env"]["env_vars"][ROLE_VARIABLE] == name

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from actors.capacity import taken_by, total
-from actors.placement import roles_of
 from rlhf.blueprint import draw
 from rlhf.cli import plan as command
 from rlhf.cli.main import main
@@ -129,7 +128,7 @@ def test_demand_is_what_the_actors_ask_for() -> None:
     run = load_run(ROOT / "configs/ppo_tiny.yaml", [])
     for file in CLUSTERS:
         roles = load_cluster(file, [])
-        asked = [taken_by(role) for role in roles_of(roles).values() for _ in range(role.replicas)]
+        asked = [taken_by(role) for role in roles.roles.values() for _ in range(role.replicas)]
         assert demand_of(placed_roles(run, roles), least=False) == pytest.approx(total(asked))
 
 

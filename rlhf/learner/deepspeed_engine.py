@@ -83,6 +83,8 @@ class DeepSpeedEngine:
         self.device = torch.device(self._engine.device)
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        if self._stage in OFFLOADING_STAGES and self._engine.optimizer.offloaded_states:
+            raise RunFailed("the model in training has given its GPU up: call reload before forward")
         self._engine.train(torch.is_grad_enabled())  # recomputation of activations is for training mode only
         answers: tuple[Tensor, ...] = self._engine(*inputs)
         return answers
@@ -141,7 +143,7 @@ class DeepSpeedEngine:
 
     def reload(self) -> None:
         optimizer = self._engine.optimizer
-        if not optimizer.offloaded_states:
+        if self._stage not in OFFLOADING_STAGES or not optimizer.offloaded_states:
             return
         self._engine.reload_states()
         optimizer._hp_optimizer_states_linked = False  # the moments are other tensors now: see _begin_moments

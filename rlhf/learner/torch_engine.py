@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import LearnerConfig
+from rlhf.errors import RunFailed
 from rlhf.learner.engine import Step, TrainedModel, adamw, check_optimized, trainable
 from rlhf.learner.state import MOMENTS, read_states, restore_states, states_of, write_states
 from rlhf.models.offload import Offloaded, tensors_of
@@ -41,6 +42,8 @@ class TorchEngine:
             check_optimized(policy, self._optimizer)
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        if self._offloaded is not None:
+            raise RunFailed("the model in training has given its GPU up: call reload before forward")
         self.policy.train(torch.is_grad_enabled())  # recomputation of activations is for training mode only
         answers: tuple[Tensor, ...] = self.policy(*inputs)
         return answers
@@ -81,6 +84,8 @@ class TorchEngine:
         self._publish_masters()
 
     def offload(self) -> None:
+        if self._offloaded is not None:
+            return
         moments = [self._optimizer.state[master][kind] for master in self._optimizer.state for kind in MOMENTS]
         self._offloaded = Offloaded([*tensors_of(self.policy), *self._masters, *moments])
 
