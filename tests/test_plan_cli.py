@@ -92,8 +92,8 @@ def test_names_of_the_json_form(plan: Callable[..., Any]) -> None:
     found = json.loads(printed)
     assert code == 0
     assert set(found) == {
-        "model", "lengths", "placement", "demand", "batches", "memory", "published_bytes", "object_store_bytes",
-        "update_flops", "time", "devices", "problems", "fits",
+        "model", "lengths", "placement", "demand", "batches", "memory", "turns", "published_bytes",
+        "object_store_bytes", "update_flops", "time", "devices", "problems", "fits",
     }  # fmt: skip
     page = (ROOT / "docs/plan.md").read_text()
     for section in ("model", "lengths", "batches", "time"):

@@ -115,12 +115,14 @@ def as_json(given: Given, plan: Plan) -> dict[str, Any]:
                 "takes": dict(placed.takes),
                 "threads": placed.threads,
                 "together": placed.together,
+                "shares_with": list(placed.shares_with),
             }
             for placed in plan.placement
         ],
         "demand": dict(plan.demand),
         "batches": asdict(plan.batches),
         "memory": [asdict(role) for role in plan.memory],
+        "turns": [asdict(turn) for turn in plan.turns],
         "published_bytes": plan.published,
         "object_store_bytes": plan.object_store,
         "update_flops": plan.update_flops,

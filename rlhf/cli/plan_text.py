@@ -14,7 +14,10 @@ TITLES: Mapping[str, str] = {
     "publish": "when published",
     "decode": "while decoding",
     "load": "when weights come",
+    "away": "while others have the GPU",
 }
+
+WHOSE = {"train": "trained on by", "sample": "sampled on by"}
 
 
 def in_words(given: Given, plan: Plan) -> str:
@@ -38,6 +41,7 @@ def _placement(plan: Plan) -> str:
         count = f"{placed.replicas}" if placed.needed == placed.replicas else f"{placed.needed} to {placed.replicas}"
         takes = ", ".join(f"{name} {amount:g}" for name, amount in placed.takes.items()) or "nothing"
         together = f", placed together ({placed.together})" if placed.together and placed.replicas > 1 else ""
+        together += f", on the GPUs of {', '.join(placed.shares_with)}" if placed.shares_with else ""
         lines.append(f"  {placed.role:<10} {count} x ({takes}), {placed.threads} threads{together}")
     lines.append("  together   " + ", ".join(f"{name} {amount:g}" for name, amount in plan.demand.items()))
     return "\n".join(lines)
@@ -68,6 +72,9 @@ def _memory(plan: Plan) -> str:
     lines = ["memory, of each actor"]
     for role in plan.memory:
         lines += _role_memory(role)
+    for turn in plan.turns:
+        whose = f"{WHOSE[turn.turn]} {', '.join(turn.roles)}"
+        lines.append(f"  in turn    {_size(turn.device_peak)} of a GPU while it is {whose}")
     versions = "the version in use and the next" if plan.object_store > plan.published else "one version"
     lines.append(f"  object store {_size(plan.object_store)}: published weights of {_size(plan.published)}, {versions}")
     return "\n".join(lines)

@@ -77,6 +77,20 @@ def _gpus(peaks: Sequence[Peak], memory: float, name: str) -> Iterator[str]:
         )
 
 
+def turn_problems(turns: Sequence[tuple[tuple[str, ...], float]], gpu: Device | None) -> list[str]:
+    """Turns of a colocation group, each with its roles and their bytes on a GPU, that do not fit on one. A role that
+    is too large by itself is named by `problems_of`."""
+    if gpu is None or gpu.memory is None:
+        return []
+    return [
+        f"colocation: {' and '.join(roles)} take {_gib(size)} of a GPU in their turn, a {gpu.name} has "
+        f"{_gib(gpu.memory)}; a smaller generation.gpu_memory_fraction or learner.tokens_per_microbatch, or GPUs of "
+        "their own for some of them"
+        for roles, size in turns
+        if len(roles) > 1 and size > gpu.memory
+    ]
+
+
 def _machine(peaks: Sequence[Peak], memory: float) -> Iterator[str]:
     together = sum(peak.host * peak.placed.replicas for peak in peaks)
     if together > memory:

@@ -32,7 +32,7 @@ LIBRARIES = {
     "plain": 250 * MIB,
 }
 
-Phase = Literal["held", "update", "score", "step", "publish", "decode", "load"]
+Phase = Literal["held", "update", "score", "step", "publish", "decode", "load", "away"]
 Where = Literal["device", "host"]
 
 
@@ -53,6 +53,13 @@ def peak(parts: Iterable[Part], where: Where | None) -> float:
         if where is None or part.where == where:
             phases[part.phase] = phases.get(part.phase, 0.0) + part.size
     return phases.pop("held", 0.0) + max(phases.values(), default=0.0)
+
+
+def kept_away(parts: Iterable[Part]) -> Part:
+    """What a trainer or a reference that takes turns has in the host's memory while others have its GPU. Gradients are
+    not kept between two steps."""
+    held = sum(part.size for part in parts if part.phase == "held" and part.name in ("weights", "masters", "optimizer"))
+    return Part("states of its GPU", held, "away", "host")
 
 
 @dataclass(frozen=True, slots=True)

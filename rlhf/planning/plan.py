@@ -3,17 +3,19 @@
 Pure: reading files, measuring this machine and printing are the caller's (`rlhf.cli.plan`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from rlhf.cluster import Cluster, Role
+from rlhf.cluster import LEARNING, Cluster, Role
+from rlhf.colocation import shared_gpus
 from rlhf.config import RunConfig
 from rlhf.config_section import Dtype
 from rlhf.passes import needs_old_logprobs, needs_reference
 from rlhf.planning import memory, times
 from rlhf.planning.batches import Batches, Lengths, batches
 from rlhf.planning.devices import Device, Machine
-from rlhf.planning.fitting import Peak, problems_of
+from rlhf.planning.fitting import Peak, problems_of, turn_problems
 from rlhf.planning.memory import Part
 from rlhf.planning.placement import Placed, demand_of, placed_roles
 from rlhf.planning.shapes import Shape
@@ -71,13 +73,24 @@ class RoleMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnMemory:
+    """What a GPU of a colocation group holds in one of the turns: the peaks of the roles whose turn it is, in bytes."""
+
+    turn: Literal["train", "sample"]
+    roles: tuple[str, ...]
+    device_peak: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is shown. object_store, bytes of published weights in it: the version in use and the next one."""
+    """Everything that is shown. object_store, bytes of published weights in it: the version in use and the next one.
+    turns, of the roles that share GPUs, two a group; none without colocation."""
 
     placement: tuple[Placed, ...]
     demand: Mapping[str, float]
     batches: Batches
     memory: tuple[RoleMemory, ...]
+    turns: tuple[TurnMemory, ...]
     published: float
     object_store: float
     update_flops: float
@@ -94,24 +107,44 @@ def make_plan(given: Given) -> Plan:
     published = memory.published_bytes(given.models.policy, config.learner)
     samples = config.records == "prompts"
     stored = (2 if samples else 1) * published
+    turns = tuple(_turns(cluster, roles, held))
     peaks = [Peak(placed, own.device_peak, own.host_peak) for placed, own in zip(roles, held, strict=True)]
     return Plan(
         placement=roles,
         demand=demand_of(roles, least=False),
         batches=arithmetic,
         memory=held,
+        turns=turns,
         published=published,
         object_store=stored,
         update_flops=sum(_update_flops(given, arithmetic)),
         time=_time(given, arithmetic),
-        problems=(*problems_of(cluster, peaks, stored, given.machine.memory, given.gpu), *_cache_problem(given)),
+        problems=(
+            *problems_of(cluster, peaks, stored, given.machine.memory, given.gpu),
+            *turn_problems([(turn.roles, turn.device_peak) for turn in turns], given.gpu),
+            *_cache_problem(given),
+        ),
     )
+
+
+def _turns(cluster: Cluster, roles: tuple[Placed, ...], held: tuple[RoleMemory, ...]) -> Iterator[TurnMemory]:
+    """Who takes turns is not there in the others' turn, so that a GPU needs the largest turn, not the sum."""
+    peaks = {own.role: own.device_peak for own in held}
+    for shared in shared_gpus(cluster, {placed.role: placed.settings for placed in roles}):
+        learning = tuple(name for name in shared.roles if name in LEARNING)
+        sampling = tuple(name for name in shared.roles if name not in LEARNING)
+        if learning:
+            yield TurnMemory("train", learning, sum(peaks[name] for name in learning))
+        if sampling:
+            yield TurnMemory("sample", sampling, sum(peaks[name] for name in sampling))
 
 
 def _memory_of(given: Given, placed: Placed) -> RoleMemory:
     on_gpu = bool(placed.settings.gpus) and given.gpu is not None
     parts = _parts(given, placed, on_gpu=on_gpu)
     parts.append(Part("libraries", _libraries(given, placed), "held", "host"))
+    if on_gpu and placed.shares_with and placed.role != "rollout":
+        parts.append(memory.kept_away(parts))
     device = memory.peak(parts, "device") if on_gpu else 0.0
     host = memory.peak(parts, "host" if on_gpu else None)
     return RoleMemory(placed.role, placed.replicas, given.device_of(placed.settings).name, tuple(parts), device, host)
@@ -237,8 +270,10 @@ def _decode_reason(decoding: times.Decoding) -> str:
 
 
 def _shared(given: Given) -> bool:
-    """Whether the roles work on the same cores or GPU: on one machine without GPUs, or with parts of one."""
+    """Whether the roles work on the same cores or GPU: on one machine without GPUs, with parts of one, or by turns."""
     cluster = given.cluster
+    if any("trainer" in group for group in cluster.colocation):
+        return True
     roles = [cluster.trainer, cluster.rollout, *([cluster.critic] if given.models.critic is not None else [])]
     return cluster.address == "local" and not all(role.gpus >= 1 for role in roles)
 
