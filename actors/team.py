@@ -24,7 +24,7 @@ from actors.turn_taking import SleepingActors
 from actors.worker import PoolSpec, slot_of
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cluster import Cluster, Ranks, Role
-from rlhf.colocation import shared_gpus, turn_takers
+from rlhf.colocation import places_of, shared_gpus, turn_takers
 from rlhf.errors import ActorDied, TrainerDied
 from rlhf.experience import REF_LOGPROBS, REWARD
 from rlhf.judges.build import build_reward_judge, longest_call_s
@@ -41,7 +41,7 @@ JUDGED = {"reward": REWARD, "reference": REF_LOGPROBS}
 @contextmanager
 def ray_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
     """The team on Ray. Its actors end with it; Ray itself only where it was started here."""
-    with placement.started(order.cluster, roles_of(order)):
+    with placement.started(order.cluster, places_of(order.cluster, roles_of(order))):
         crew = _Crew(order.cluster)
         try:
             yield _build(order, crew)

@@ -60,6 +60,16 @@ def shared_gpus(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[SharedG
             yield SharedGpus(present)
 
 
+def places_of(cluster: Cluster, roles: Mapping[str, Role]) -> dict[str, Role]:
+    """What is asked of a cluster, by name: the places of each group, and the actors of each role in none."""
+    found: dict[str, Role] = {}
+    grouped: set[str] = set()
+    for shared in shared_gpus(cluster, roles):
+        found[shared.name] = shared.bundles
+        grouped |= shared.roles.keys()
+    return found | {name: role for name, role in roles.items() if name not in grouped}
+
+
 def turn_takers(cluster: Cluster, roles: Mapping[str, Role]) -> frozenset[str]:
     """The roles of the run that take turns on their GPUs."""
     return frozenset(name for shared in shared_gpus(cluster, roles) if shared.takes_turns for name in shared.roles)

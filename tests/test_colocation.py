@@ -571,7 +571,7 @@ def logical_gpus(count: int) -> Iterator[None]:
     """Ray with GPUs that it only counts. Actors find this file's functions by value."""
     import ray
 
-    ray.init(num_cpus=4, num_gpus=count, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=8, num_gpus=count, include_dashboard=False, log_to_driver=False)
     try:
         yield
     finally:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from clusters.checks.documents import Fault
 from rlhf.cluster import Cluster, Role
-
-ROLES = ("trainer", "critic", "rollout", "reference", "reward", "buffer")
+from rlhf.colocation import places_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +31,15 @@ def missing_room(cluster: Cluster, kinds: Sequence[Kind]) -> Iterator[Fault]:
     free = [dict(kind.resources) for kind in kinds for _ in range(kind.most)]
     known = sorted({name for kind in kinds for name in kind.resources} - {"CPU", "GPU"})
     unknown = False
-    for name in ROLES:
-        for tag in takes(getattr(cluster, name)).keys() - {"CPU", "GPU", *known}:
+    places = places_of(cluster, cluster.roles)
+    for name, role in places.items():
+        for tag in takes(role).keys() - {"CPU", "GPU", *known}:
             unknown = True
             yield Fault(f"{name}.resources", f"asks for '{tag}', which no node has; there are: {', '.join(known)}")
     if unknown:
         return
-    roles = sorted(ROLES, key=lambda name: -getattr(cluster, name).gpus)
-    for name in roles:
-        role, placed = getattr(cluster, name), 0
+    for name, role in sorted(places.items(), key=lambda place: -place[1].gpus):
+        placed = 0
         while placed < role.replicas and _place(takes(role), free):
             placed += 1
         if placed < role.replicas:
