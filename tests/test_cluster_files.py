@@ -86,6 +86,27 @@ BROKEN = [
     ("kuberay/prerequisites.yaml", "storage: 500Gi", "storage: 500GiB", "[2].spec.resources.requests.storage: found"),
     ("skypilot/task.yaml", "memory: 256+", "memory: 256GB+", "resources.memory: found '256GB+'; expected a number"),
     ("slurm/ray_rlhf.sbatch", "--nodes=2", "--nodes=two", "#SBATCH --nodes: found 'two'; expected a whole number"),
+    # a group of roles that take turns, and cannot
+    (
+        "eight_gpu_colocated.yaml",
+        "[[trainer, critic, rollout, reference]]",
+        "[[trainer, critic, rollout, refrence]]",
+        "colocation.0.3: found 'refrence' (text); expected 'trainer', 'critic', 'rollout' or 'reference'",
+    ),
+    ("eight_gpu_colocated.yaml", "rollout, reference]]", "rollout, reward]]", "colocation.0.3: found 'reward'"),
+    ("eight_gpu_colocated.yaml", "colocation:", "collocation:", "unknown key collocation; did you mean colocation"),
+    (
+        "eight_gpu_colocated.yaml",
+        "[[trainer, critic, rollout, reference]]",
+        "[[trainer, critic]]",
+        "nobody to take turns",
+    ),
+    (
+        "eight_gpu_colocated.yaml",
+        "cpus: 1\n  gpus: 1",
+        "cpus: 1\n  gpus: 0.5",
+        "colocation: reference.gpus=0.5; expected 1",
+    ),
     # the minimum above the maximum
     ("autoscaling.yaml", "min_replicas: 1", "min_replicas: 9", "rollout: min_replicas=9 is more than replicas=8"),
     (

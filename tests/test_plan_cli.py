@@ -18,6 +18,7 @@ from rlhf.blueprint import draw
 from rlhf.cli import plan as command
 from rlhf.cli.main import main
 from rlhf.cluster import Cluster
+from rlhf.colocation import places_of
 from rlhf.config_file import load_cluster, load_run
 from rlhf.models.resolve import resolve
 from rlhf.passes import needs_reference
@@ -128,8 +129,10 @@ def test_demand_is_what_the_actors_ask_for() -> None:
     run = load_run(ROOT / "configs/ppo_tiny.yaml", [])
     for file in CLUSTERS:
         roles = load_cluster(file, [])
-        asked = [taken_by(role) for role in roles.roles.values() for _ in range(role.replicas)]
+        asked = [taken_by(role) for role in places_of(roles, roles.roles).values() for _ in range(role.replicas)]
         assert demand_of(placed_roles(run, roles), least=False) == pytest.approx(total(asked))
+    by_turns = load_cluster(ROOT / "clusters/eight_gpu_colocated.yaml", [])
+    assert demand_of(placed_roles(run, by_turns), least=True)["GPU"] == 8
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-untied", "tiny_t5"])
@@ -222,6 +225,38 @@ def test_parts_of_one_gpu_are_added_up(tmp_path: Path, plan: Callable[..., Any])
         code, printed, _ = plan(ROOT / "configs/rloo_tiny.yaml", *arguments)
         assert (code == 0) == fits, printed
         assert fits or "shared GPUs:" in printed
+
+
+def test_a_gpu_that_is_taken_by_turns_needs_the_larger_turn(tmp_path: Path, plan: Callable[..., Any]) -> None:
+    """The trainer and the engine that do not fit beside each other above; an engine and a reference that do not fit."""
+    code, printed, _ = plan(
+        ROOT / "configs/ppo_tiny.yaml",
+        "--cluster",
+        ROOT / "clusters/eight_gpu_colocated.yaml",
+        "--gpu",
+        "h100",
+        "--json",
+    )
+    found = json.loads(printed)
+    peaks = {each["role"]: each["device_peak"] for each in found["memory"]}
+    assert code == 0 and found["turns"] == [
+        {"turn": "train", "roles": ["trainer", "critic"], "device_peak": peaks["trainer"] + peaks["critic"]},
+        {"turn": "sample", "roles": ["rollout", "reference"], "device_peak": peaks["rollout"] + peaks["reference"]},
+    ]
+    (trainer,) = (each for each in found["memory"] if each["role"] == "trainer")
+    held = sum(part["size"] for part in trainer["parts"] if part["name"] in ("weights", "masters", "optimizer"))
+    assert [part["size"] for part in trainer["parts"] if part["phase"] == "away"] == [held]
+    qwen = {**LLAMA3_70B, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    qwen |= {"num_attention_heads": 16, "tie_word_embeddings": True}
+    one = {"gpus": 1}
+    group = {"trainer": one, "rollout": one, "reference": one, "object_store_gib": 8}
+    shared = cluster(tmp_path, colocation=[["trainer", "rollout", "reference"]], **group)
+    for fraction, coef, fits in ((0.9, 0, True), (0.99, 0.1, False)):
+        settings = [f"generation.gpu_memory_fraction={fraction}", f"algorithm.kl.coef={coef}", "learner.dtype=bfloat16"]
+        arguments = [*settings, model(tmp_path / "m", qwen), "--cluster", shared, "--gpu", "a100-40"]
+        code, printed, _ = plan(ROOT / "configs/rloo_tiny.yaml", *arguments)
+        assert (code == 0) == fits, printed
+        assert fits or "colocation: rollout and reference take" in printed
 
 
 def test_a_cache_that_holds_no_sequence_is_said(tmp_path: Path, plan: Callable[..., Any]) -> None:
