@@ -164,7 +164,7 @@ def test_a_stopped_rank_or_buffer_is_named_ended_and_replaced_long_before_the_de
         return lives[-1]
 
     group = RankGroup("policy", hire(), hire, end)
-    learner = RemoteLearner(group, None, Notices({}, print), 600.0, limit_s, annotates=False)
+    learner = RemoteLearner(group, None, Notices({}, print), [], 600.0, limit_s, annotates=False)
     learner.set_up()
     with pytest.raises(TrainerDied, match="update 1: policy rank 1 has shown no sign of life for"):
         learner.update(1)
