@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -528,11 +529,23 @@ def test_on_ray_ranks_and_engines_share_a_gpu_by_turns_and_the_result_is_the_sam
         seen.append((whose, [held for held, _ in ranks], [(w.name, n) for w, (n, _) in zip(up, found, strict=True)]))
         places.update({"trainer": ranks[0][1]} | {w.name: ids for w, (_, ids) in zip(up, found, strict=True)})
 
+    def until(pool: SleepingActors, phases: Sequence[str]) -> None:
+        """Until every worker is in one of the phases."""
+        deadline = time.monotonic() + 200
+        with pool._changed:
+            while not all(worker.phase in phases for worker in pool._workers):
+                assert time.monotonic() < deadline, [(worker.name, worker.phase) for worker in pool._workers]
+                pool._changed.wait(0.1)
+
     def kill_once(turns: Turns) -> None:
+        """The pool would find an idle one dead by its missing sign of life; it is told."""
         (pool, _) = turns._samplers
         if len(seen) > 2 and not killed:
-            killed.append(pool._workers[1].name)
-            ray.kill(pool._workers[1].actor)
+            worker = pool._workers[1]
+            with pool._changed:
+                pool._lose(worker, "died", "killed by the test", counted=False)
+            killed.append(worker.name)
+            until(pool, ("asleep", "waiting its turn"))
 
     learner_turn, new_weights = Turns.learner, Turns.new_weights
 
@@ -545,6 +558,7 @@ def test_on_ray_ranks_and_engines_share_a_gpu_by_turns_and_the_result_is_the_sam
 
     def watched_weights(turns: Turns, rollouts: Any, published: Any) -> Any:
         receipts = new_weights(turns, rollouts, published)
+        until(rollouts, ("ready",))
         look(turns, "samplers")
         return receipts
 
