@@ -495,23 +495,33 @@ def run(folder: Path, name: str, cluster: str, *, in_process: bool, stop_after: 
     return run_dir
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_on_ray_ranks_and_engines_share_a_gpu_by_turns_and_the_result_is_the_same(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A trainer, two engines, two GPUs of Ray's counting, a reference on the trainer's. An engine is killed while it
-    sleeps: another one waits with its set-up for its turn. Looked at from inside the actors, whenever turns change."""
-    import ray
+class Watch:
+    """Looks into the actors of a team whenever its turns change. Kills an engine once, while it sleeps."""
 
-    from actors.turn_taking import SleepingActors
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, list[int], list[int]]] = []  # whose turn, numbers that each rank and engine holds
+        self.places: dict[str, list[str]] = {}  # Ray's GPUs of the trainer and of each engine
+        self.killed: list[str] = []
+        learner_turn, new_weights = Turns.learner, Turns.new_weights
 
-    seen: list[tuple[str, list[int], list[tuple[str, int]]]] = []
-    places: dict[str, list[str]] = {}
-    killed: list[str] = []
+        def watched_learner(turns: Turns) -> None:
+            changes = turns._whose != "learner"
+            learner_turn(turns)
+            if changes:
+                self._look(turns, "learner")
+                self._kill_once(turns)
 
-    def look(turns: Turns, whose: str) -> None:
-        """How many numbers each rank holds, and each engine that is up; and where they are."""
+        def watched_weights(turns: Turns, rollouts: Any, published: Any) -> Any:
+            receipts = new_weights(turns, rollouts, published)
+            until(rollouts, ("ready",))
+            self._look(turns, "samplers")
+            return receipts
+
+        monkeypatch.setattr(Turns, "learner", watched_learner)
+        monkeypatch.setattr(Turns, "new_weights", watched_weights)
+
+    def _look(self, turns: Turns, whose: str) -> None:
+        import ray
 
         def of_rank(actor: Any) -> tuple[int, list[str]]:
             held = sum(each.numel() for each in actor._learner._engine.policy.parameters())
@@ -522,67 +532,60 @@ def test_on_ray_ranks_and_engines_share_a_gpu_by_turns_and_the_result_is_the_sam
             return held, ray.get_runtime_context().get_accelerator_ids()["GPU"]
 
         ranks = ray.get([rank.__ray_call__.remote(of_rank) for rank in turns._learner._policy.ranks])
-        (pool, _) = turns._samplers
-        assert isinstance(pool, SleepingActors)
-        up = [worker for worker in pool._workers if worker.phase in ("ready", "asleep")]
-        found = ray.get([worker.actor.__ray_call__.remote(of_engine) for worker in up])
-        seen.append((whose, [held for held, _ in ranks], [(w.name, n) for w, (n, _) in zip(up, found, strict=True)]))
-        places.update({"trainer": ranks[0][1]} | {w.name: ids for w, (_, ids) in zip(up, found, strict=True)})
+        up = [worker for worker in turns._samplers[0]._workers if worker.phase in ("ready", "asleep")]
+        engines = ray.get([worker.actor.__ray_call__.remote(of_engine) for worker in up])
+        self.seen.append((whose, [held for held, _ in ranks], [held for held, _ in engines]))
+        self.places["trainer"] = ranks[0][1]
+        self.places.update({worker.name: ids for worker, (_, ids) in zip(up, engines, strict=True)})
 
-    def until(pool: SleepingActors, phases: Sequence[str]) -> None:
-        """Until every worker is in one of the phases."""
-        deadline = time.monotonic() + 200
-        with pool._changed:
-            while not all(worker.phase in phases for worker in pool._workers):
-                assert time.monotonic() < deadline, [(worker.name, worker.phase) for worker in pool._workers]
-                pool._changed.wait(0.1)
-
-    def kill_once(turns: Turns) -> None:
+    def _kill_once(self, turns: Turns) -> None:
         """The pool would find an idle one dead by its missing sign of life; it is told."""
-        (pool, _) = turns._samplers
-        if len(seen) > 2 and not killed:
+        pool: Any = turns._samplers[0]
+        if len(self.seen) > 2 and not self.killed:
             worker = pool._workers[1]
             with pool._changed:
                 pool._lose(worker, "died", "killed by the test", counted=False)
-            killed.append(worker.name)
+            self.killed.append(worker.name)
             until(pool, ("asleep", "waiting its turn"))
 
-    learner_turn, new_weights = Turns.learner, Turns.new_weights
 
-    def watched_learner(turns: Turns) -> None:
-        changes = turns._whose != "learner"
-        learner_turn(turns)
-        if changes:
-            look(turns, "learner")
-            kill_once(turns)
+def until(pool: Any, phases: Sequence[str]) -> None:
+    """Until every worker of a pool is in one of the phases."""
+    deadline = time.monotonic() + 200
+    with pool._changed:
+        while not all(worker.phase in phases for worker in pool._workers):
+            assert time.monotonic() < deadline, [(worker.name, worker.phase) for worker in pool._workers]
+            pool._changed.wait(0.1)
 
-    def watched_weights(turns: Turns, rollouts: Any, published: Any) -> Any:
-        receipts = new_weights(turns, rollouts, published)
-        until(rollouts, ("ready",))
-        look(turns, "samplers")
-        return receipts
 
-    monkeypatch.setattr(Turns, "learner", watched_learner)
-    monkeypatch.setattr(Turns, "new_weights", watched_weights)
+@pytest.mark.slow
+@pytest.mark.ray
+def test_on_ray_ranks_and_engines_share_a_gpu_by_turns_and_the_result_is_the_same(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer and two engines on two GPUs of Ray's counting, a reference beside the trainer. An engine is killed in
+    its sleep: another one waits with its set-up for its turn."""
+    watch = Watch(monkeypatch)
     with logical_gpus(8):
         together = run(workplace, "together", "together.yaml", in_process=False)
     apart = run(workplace, "apart", "apart.yaml", in_process=True)
     ours, theirs = weights(together), weights(apart)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    for whose, ranks, engines in seen:
-        assert engines, seen
-        assert all(bool(held) == (whose == "learner") for held in ranks), seen
-        assert all(bool(held) == (whose == "samplers") for _, held in engines), seen
-    order = [whose for whose, _, _ in seen]
+    for whose, ranks, engines in watch.seen:
+        assert ranks and engines, watch.seen
+        assert all(bool(held) == (whose == "learner") for held in ranks), watch.seen
+        assert all(bool(held) == (whose == "samplers") for held in engines), watch.seen
+    order = [whose for whose, _, _ in watch.seen]
     assert order.count("samplers") == 3 and order[:2] == ["learner", "samplers"], "versions 0, 1 and 2"
-    assert killed == ["rollout-1"] and "rollout-1.1" in places, places
-    assert places["trainer"] == places["rollout-0"] and places["rollout-1"] == places["rollout-1.1"]
-    assert len({tuple(places[name]) for name in ("rollout-0", "rollout-1")}) == 2 == sum(map(len, places.values())) / 2
+    places = watch.places
+    assert watch.killed == ["rollout-1"] and set(places) == {"trainer", "rollout-0", "rollout-1", "rollout-1.1"}
+    assert all(len(ids) == 1 for ids in places.values())
+    assert places["trainer"] == places["rollout-0"] != places["rollout-1"] == places["rollout-1.1"]
 
 
 @contextmanager
 def logical_gpus(count: int) -> Iterator[None]:
-    """Ray with GPUs that it only counts. Actors find this file's functions by value."""
+    """Ray with GPUs that it only counts."""
     import ray
 
     ray.init(num_cpus=8, num_gpus=count, include_dashboard=False, log_to_driver=False)
