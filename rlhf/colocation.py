@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from rlhf.cluster import LEARNING, Cluster, Ranks, Role
 
 GRAIN = 1e-4  # Ray counts resources in ten-thousandths
-# Those under which DeepSpeed moves what a rank holds off its GPU, with torch's AdamW (seen in 0.19.8).
-OFFLOADING_STAGES = (1, 2)
+# The one under which DeepSpeed (0.19.8) moves what a rank holds off its GPU with torch's AdamW, whatever the precision.
+OFFLOADING_STAGE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ def turn_takers(cluster: Cluster, roles: Mapping[str, Role]) -> frozenset[str]:
 def no_offload(stage: int) -> str:
     """Why DeepSpeed cannot give a GPU up under this stage of ZeRO, and what to do."""
     return (
-        f"learner.zero_stage={stage}: DeepSpeed moves what a rank holds off its GPU only under ZeRO 1 and 2, and a "
-        "trainer that takes turns (colocation of the cluster file) has to; expected learner.zero_stage=1 or 2, "
+        f"learner.zero_stage={stage}: DeepSpeed moves what a rank holds off its GPU only under ZeRO 2, and a trainer "
+        "that takes turns (colocation of the cluster file) has to; expected learner.zero_stage=2, "
         "learner.engine=torch, or a cluster file without colocation"
     )
 

@@ -113,6 +113,7 @@ def test_a_bad_group_is_refused(tmp_path: Path, changed: dict[str, Any], message
         (["loop.max_staleness=1"], "loop.max_staleness=1: cluster file: colocation of reference, rollout, trainer"),
         (["loop.max_staleness=1", "generation.weights_mid_sequence=true"], "generation.weights_mid_sequence=true: "),
         (["learner.engine=deepspeed", "learner.zero_stage=3"], "learner.zero_stage=3: DeepSpeed moves"),
+        (["learner.engine=deepspeed", "learner.zero_stage=1"], "learner.zero_stage=1: DeepSpeed moves"),
         (["learner.engine=deepspeed", "learner.zero_stage=0"], "learner.zero_stage=0: DeepSpeed moves"),
         (["generation.engine=vllm"], "generation.engine=vllm: the CPU build of vLLM"),
     ],
@@ -203,7 +204,7 @@ from rlhf.experience import fill_in
 from rlhf.learner.paired import PairedLearner
 
 config, steps = pickle.loads(Path(sys.argv[1]).read_bytes())
-for stage, dtype in ((1, "bfloat16"), (2, "float32"), (2, "bfloat16")):
+for stage, dtype in ((2, "float32"), (2, "bfloat16")):
     saved = []
     for taking_turns in (False, True):
         own = config.model_copy(update={"learner": config.learner.model_copy(
@@ -230,7 +231,7 @@ for stage, dtype in ((1, "bfloat16"), (2, "float32"), (2, "bfloat16")):
         saved.append(load_file(folder / "state-00000.safetensors"))
         learner.close()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0]), (stage, dtype)
-for stage in (0, 3):
+for stage in (0, 1, 3):
     own = config.model_copy(update={"learner": config.learner.model_copy(
         update={"engine": "deepspeed", "zero_stage": stage})})
     learner = PairedLearner(own, build(own.algorithm), 0, 1, None)
@@ -249,7 +250,7 @@ for stage in (0, 3):
 def test_so_does_one_of_deepspeed(
     tiny_run: Callable[..., RunConfig], sampled_groups: Callable[..., list[Group]], tmp_path: Path
 ) -> None:
-    """ZeRO 1 and 2 with DeepSpeed's own offloading; 0 and 3 refuse. One rank, in a process of its own; on a CPU what is
+    """ZeRO 2 with DeepSpeed's own offloading; the others refuse. One rank, in a process of its own; on a CPU what is
     moved stays where it is, but all references are taken apart and put together again."""
     import pickle
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.cli.preflight_rows import check_columns, check_reward, usable_rows
 from rlhf.cluster import Cluster
-from rlhf.colocation import OFFLOADING_STAGES, no_offload, no_sleep, turn_takers
+from rlhf.colocation import OFFLOADING_STAGE, no_offload, no_sleep, turn_takers
 from rlhf.config import PpoConfig, RunConfig
 from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
@@ -238,7 +238,7 @@ def _check_turns(config: RunConfig, cluster: Cluster) -> None:
             f"loop.max_staleness={config.loop.max_staleness}: {place}: who takes turns cannot sample for a later step "
             "while this one is trained; expected 0, or a cluster file without colocation"
         )
-    if config.learner.engine == "deepspeed" and config.learner.zero_stage not in OFFLOADING_STAGES:
+    if config.learner.engine == "deepspeed" and config.learner.zero_stage != OFFLOADING_STAGE:
         raise BadInput(no_offload(config.learner.zero_stage))
 
 

@@ -30,7 +30,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from rlhf.colocation import OFFLOADING_STAGES, no_offload
+from rlhf.colocation import OFFLOADING_STAGE, no_offload
 from rlhf.config import LearnerConfig
 from rlhf.errors import BadInput, RunFailed
 from rlhf.learner.build_locks import free_abandoned_locks
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         self.device = torch.device(self._engine.device)
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
-        if self._stage in OFFLOADING_STAGES and self._engine.optimizer.offloaded_states:
+        if self._stage == OFFLOADING_STAGE and self._engine.optimizer.offloaded_states:
             raise RunFailed("the model in training has given its GPU up: call reload before forward")
         self._engine.train(torch.is_grad_enabled())  # recomputation of activations is for training mode only
         answers: tuple[Tensor, ...] = self._engine(*inputs)
@@ -135,15 +135,15 @@ class DeepSpeedEngine:
             self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
     def offload(self) -> None:
-        """By DeepSpeed itself, which can do it under ZeRO 1 and 2. Raises BadInput under the others: without ZeRO it
-        has no such thing, and under ZeRO 3 only for its own FusedAdam."""
-        if self._stage not in OFFLOADING_STAGES:
+        """By DeepSpeed itself, which can do it under ZeRO 2. Raises BadInput under the others: its optimizers for ZeRO 0,
+        and for ZeRO 1 in bfloat16, have no such thing, and that for ZeRO 3 only with its own FusedAdam."""
+        if self._stage != OFFLOADING_STAGE:
             raise BadInput(no_offload(self._stage))
         self._engine.offload_states(pin_memory=torch.cuda.is_available())
 
     def reload(self) -> None:
         optimizer = self._engine.optimizer
-        if self._stage not in OFFLOADING_STAGES or not optimizer.offloaded_states:
+        if self._stage != OFFLOADING_STAGE or not optimizer.offloaded_states:
             return
         self._engine.reload_states()
         optimizer._hp_optimizer_states_linked = False  # the moments are other tensors now: see _begin_moments
