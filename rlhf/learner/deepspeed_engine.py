@@ -135,8 +135,8 @@ class DeepSpeedEngine:
             self._engine.basic_optimizer.state[master]["step"].fill_(count)
 
     def offload(self) -> None:
-        """By DeepSpeed itself, which can do it under ZeRO 2. Raises BadInput under the others: its optimizers for ZeRO 0,
-        and for ZeRO 1 in bfloat16, have no such thing, and that for ZeRO 3 only with its own FusedAdam."""
+        """By DeepSpeed itself, which can do it under ZeRO 2. Raises BadInput under the others: its optimizers for ZeRO
+        0, and for ZeRO 1 in bfloat16, have no such thing, and that for ZeRO 3 only with its own FusedAdam."""
         if self._stage != OFFLOADING_STAGE:
             raise BadInput(no_offload(self._stage))
         self._engine.offload_states(pin_memory=torch.cuda.is_available())
