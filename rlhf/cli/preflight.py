@@ -5,6 +5,7 @@ tokenizer, so the model is fetched or built first. Both raise BadInput."""
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     """Engines, cluster file against run file, the rows' columns, reward function or model, the model's files."""
     _check_engines(config)
     _check_kernels(config, cluster)
+    _check_environment(config, cluster)
     if cluster.storage.address is not None:
         Storage(cluster.storage.address)  # refuses what it cannot open
     check_model(config.model.name)
@@ -175,6 +177,16 @@ def _check_kernels(config: RunConfig, cluster: Cluster) -> None:
         raise BadInput(
             "model.lora.base=nf4 needs an NVIDIA GPU: this machine has none (no nvidia-smi), and the cluster file "
             "gives the trainer none (trainer.gpus=0). Expected a cluster file with GPUs, or model.lora.base=plain"
+        )
+
+
+def _check_environment(config: RunConfig, cluster: Cluster) -> None:
+    """A variable of vLLM's that would go before the run file without a word."""
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if config.generation is not None and config.generation.engine == "vllm" and space and not cluster.rollout.gpus:
+        raise BadInput(
+            f"the environment has VLLM_CPU_KVCACHE_SPACE={space}, which vLLM takes in place of generation.cache_gib="
+            f"{config.generation.cache_gib:g}. Next: unset it, and set generation.cache_gib"
         )
 
 

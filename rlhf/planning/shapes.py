@@ -160,9 +160,14 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     if config.get("num_local_experts") or config.get("num_experts"):
         raise BadInput(f"{where}: a mixture of experts, which `rlhf plan` cannot count; it knows dense models")
     try:
-        return count(config)
+        shape = count(config)
     except KeyError as error:
         raise BadInput(f"{where}: key {error} is missing; expected a whole config.json of a {family}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"{where}: a size in config.json is no number that fits the others: {error}") from error
+    if shape.parameters <= 0 or shape.cached_values < 0:
+        raise BadInput(f"{where}: config.json makes {shape.parameters} parameters; expected sizes above 0")
+    return shape
 
 
 def _llama_like(
