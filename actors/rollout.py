@@ -87,8 +87,8 @@ class Rollout:
 
 @contextmanager
 def dies_with_its_engine() -> Iterator[None]:
-    """Ends this process when the engine has lost one of its own: to the driver it is an engine that died, as one without
-    further processes would have, and is replaced as such."""
+    """Ends this process when the engine has lost one of its own: to the driver it is an engine that died, as one of a
+    single process would have, and is replaced as such."""
     try:
         yield
     except EngineLost:

@@ -154,7 +154,9 @@ def run_config(generation: dict[str, object], learner: dict[str, object]) -> Run
 
 def test_an_engine_is_built_from_the_run_file() -> None:
     """Precision follows the learner unless it is given, and the probe's tolerance follows it. Nothing starts."""
-    assert isinstance(build_generator(run_config({"engine": "transformers"}, {}), "rollout-2", 1), TransformersGenerator)
+    assert isinstance(
+        build_generator(run_config({"engine": "transformers"}, {}), "rollout-2", 1), TransformersGenerator
+    )
     assert isinstance(build_generator(run_config({"engine": "vllm"}, {}), "rollout-2", 1), VllmGenerator)
     model = resolve("tiny")
     spec = engine_spec(run_config({}, {"dtype": "bfloat16"}), "rollout-2", model, 1)

@@ -46,7 +46,9 @@ def indivisible(model: Mapping[str, Any], parts: int) -> str | None:
     heads = model.get(KEY_VALUE_HEADS)
     if isinstance(heads, int) and heads % parts and parts % heads:
         return f"{heads} heads of keys and values ({KEY_VALUE_HEADS}), of which it is neither a divisor nor a multiple"
-    vocabulary = model.get(VOCABULARY)
-    if isinstance(vocabulary, int) and -(-vocabulary // VOCABULARY_BLOCK) * VOCABULARY_BLOCK % parts:
-        return f"{vocabulary} tokens ({VOCABULARY}), filled up to a multiple of {VOCABULARY_BLOCK}, which it does not divide"
+    tokens = model.get(VOCABULARY)
+    if isinstance(tokens, int) and -(-tokens // VOCABULARY_BLOCK) * VOCABULARY_BLOCK % parts:
+        return (
+            f"{tokens} tokens ({VOCABULARY}), in blocks of {VOCABULARY_BLOCK}, which it does not divide"
+        )
     return None
