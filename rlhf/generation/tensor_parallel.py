@@ -48,7 +48,5 @@ def indivisible(model: Mapping[str, Any], parts: int) -> str | None:
         return f"{heads} heads of keys and values ({KEY_VALUE_HEADS}), of which it is neither a divisor nor a multiple"
     tokens = model.get(VOCABULARY)
     if isinstance(tokens, int) and -(-tokens // VOCABULARY_BLOCK) * VOCABULARY_BLOCK % parts:
-        return (
-            f"{tokens} tokens ({VOCABULARY}), in blocks of {VOCABULARY_BLOCK}, which it does not divide"
-        )
+        return f"{tokens} tokens ({VOCABULARY}), in blocks of {VOCABULARY_BLOCK}, which it does not divide"
     return None
