@@ -220,7 +220,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     )
     assert process.stdout is not None
     try:
-        assert process.stdout.readline() == "ready\n"
+        assert any(line == "ready\n" for line in process.stdout)
         yield process
     finally:
         process.kill()
@@ -254,7 +254,7 @@ def test_an_engine_that_loses_a_process_says_so_and_can_be_closed(holder: "subpr
     assert holder.stdin is not None and holder.stdout is not None
     holder.stdin.write("go on\n")
     holder.stdin.flush()
-    assert holder.stdout.readline() == f"{EngineLost.__name__}\n"
-    assert holder.stdout.readline() == "closed\n"
+    said = holder.stdout.read().splitlines()  # vLLM's own words among them
+    assert [line for line in said if line in (EngineLost.__name__, "closed")] == [EngineLost.__name__, "closed"], said
     holder.wait()
     wait_until_gone(ranks)

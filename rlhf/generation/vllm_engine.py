@@ -135,9 +135,14 @@ class VllmGenerator(VersionedGenerator):
         try:
             yield
         except Exception as error:
-            if self._ranks > 1 and self._engine.model_executor.is_failed:
+            if self._ranks > 1 and self._has_lost_a_rank():
                 raise EngineLost(f"{self._spec.name}: one of its {self._ranks} processes has died") from error
             raise
+
+    def _has_lost_a_rank(self) -> bool:
+        """Also where another rank has complained before vLLM noticed the death."""
+        executor = self._engine.model_executor
+        return executor.is_failed or not all(worker.proc.is_alive() for worker in executor.workers)
 
     def _probe(self, token_ids: Ids) -> Floats:
         from vllm import SamplingParams
