@@ -40,7 +40,8 @@ class Rollout:
         return place_of_this_actor()
 
     def setup(self) -> None:
-        self._generator.setup()
+        with dies_with_its_engine():
+            self._generator.setup()
 
     def load(self, weights: Weights) -> Receipt:
         with dies_with_its_engine():

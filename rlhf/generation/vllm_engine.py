@@ -7,7 +7,7 @@ processes of their own, which vLLM starts; what schedules and counts stays here.
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,10 +34,13 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
     "GLOO_SOCKET_IFNAME": "lo",  # one process, or several on one node: nobody else is to find its process group
-    "NCCL_SOCKET_IFNAME": "lo",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads, Ray's or CUDA's, may hang
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at a start are a dozen lines that call for nothing
+}
+
+RANKS_ENVIRONMENT = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads, Ray's or CUDA's, may hang
 }
 
 
@@ -51,16 +54,16 @@ class VllmGenerator(VersionedGenerator):
     _llm: "LLM"
 
     def _start(self) -> None:
-        for name, value in ENVIRONMENT.items():
+        self._ranks = self._spec.tensor_parallel
+        for name, value in {**ENVIRONMENT, **(RANKS_ENVIRONMENT if self._ranks > 1 else {})}.items():
             os.environ.setdefault(name, value)
         self._cpu = not torch.cuda.is_available()
-        self._ranks = self._spec.tensor_parallel
         if self._ranks > 1:
             resource_tracker.ensure_running()  # the interpreter's own process, not the engine's; it ends with this one
         self._children_before = {child.pid for child in psutil.Process().children(recursive=True)}
         spec = self._spec
         # On a CPU vLLM compiles for up to a minute at each start (its own cache fails to load) for 3 % of speed: eager.
-        with thread_setting_kept(), threads_passed_on():
+        with thread_setting_kept(), threads_passed_on() if self._ranks > 1 else nullcontext():
             from vllm import LLM
 
             self._llm = LLM(
