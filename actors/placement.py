@@ -326,8 +326,8 @@ def options(cluster: Cluster, role: Role) -> dict[str, Any]:
     environment["OMP_NUM_THREADS"] = str(cluster.threads_of(role))
     environment[ROLE_VARIABLE] = next(name for name, other in roles_of(cluster).items() if other is role)
     return {
-        "num_cpus": role.cpus,
-        "num_gpus": role.gpus,
+        "num_cpus": role.takes.get("CPU", 0),
+        "num_gpus": role.takes.get("GPU", 0),
         "resources": dict(role.resources),
         "runtime_env": {"env_vars": {**QUIET, **environment}},
     }

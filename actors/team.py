@@ -226,7 +226,7 @@ def _hire_engines(order: Order, crew: _Crew) -> ActorWorkers:
     role, config = order.cluster.rollout, order.blueprint.config
     return crew.pool(
         _pool_spec(order, "rollout", role, takes_weights=True, call_limit_s=0.0),
-        lambda name: crew.hire(RolloutActor, role, config, name, closable=True),
+        lambda name: crew.hire(RolloutActor, role, config, name, role.tensor_parallel, closable=True),
         order.note,
     )
 

@@ -86,7 +86,7 @@ def local_team(order: Order) -> Iterator[tuple[Team, PolicySource]]:
         closing.callback(rank.close)  # after the generator: vLLM leaves the process group that they may share
         rollouts = dataset_workers(order)
         if rollouts is None:
-            generator = build_generator(config, "rollout-0")
+            generator = build_generator(config, "rollout-0", order.cluster.rollout.tensor_parallel)
             closing.callback(generator.close)
             generator.setup()
             kind = MidTaskWorkers if blueprint.mid_sequence else LocalWorkers

@@ -54,6 +54,7 @@ def engine_for(folder: Path, run_seed: int = 3, mid_sequence: bool = False) -> T
             gpu_memory_fraction=0.5,
             probe_tolerance=1e-3,
             mid_sequence=mid_sequence,
+            tensor_parallel=1,
         )
     )
     engine.setup()

@@ -18,12 +18,6 @@ class Kind:
     most: int
 
 
-def takes(role: Role) -> dict[str, float]:
-    """What an actor of a role takes."""
-    asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}
-    return {name: amount for name, amount in asked.items() if amount}
-
-
 def missing_room(cluster: Cluster, kinds: Sequence[Kind]) -> Iterator[Fault]:
     """Roles that cannot be placed even when there are as many nodes as there can be; fields are the cluster file's.
 
@@ -31,20 +25,20 @@ def missing_room(cluster: Cluster, kinds: Sequence[Kind]) -> Iterator[Fault]:
     """
     free = [dict(kind.resources) for kind in kinds for _ in range(kind.most)]
     known = sorted({name for kind in kinds for name in kind.resources} - {"CPU", "GPU"})
+    roles: dict[str, Role] = {name: getattr(cluster, name) for name in ROLES}
     unknown = False
     for name in ROLES:
-        for tag in takes(getattr(cluster, name)).keys() - {"CPU", "GPU", *known}:
+        for tag in roles[name].takes.keys() - {"CPU", "GPU", *known}:
             unknown = True
             yield Fault(f"{name}.resources", f"asks for '{tag}', which no node has; there are: {', '.join(known)}")
     if unknown:
         return
-    roles = sorted(ROLES, key=lambda name: -getattr(cluster, name).gpus)
-    for name in roles:
-        role, placed = getattr(cluster, name), 0
-        while placed < role.replicas and _place(takes(role), free):
+    for name in sorted(ROLES, key=lambda name: -roles[name].takes.get("GPU", 0.0)):
+        role, placed = roles[name], 0
+        while placed < role.replicas and _place(role.takes, free):
             placed += 1
         if placed < role.replicas:
-            asked = ", ".join(f"{resource}: {amount:g}" for resource, amount in takes(role).items())
+            asked = ", ".join(f"{resource}: {amount:g}" for resource, amount in role.takes.items())
             yield Fault(
                 f"{name}.replicas",
                 f"{placed} of {role.replicas} find a place ({asked} each) on {_nodes(kinds)}, less what others take",

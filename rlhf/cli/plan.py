@@ -115,6 +115,7 @@ def as_json(given: Given, plan: Plan) -> dict[str, Any]:
                 "needed": placed.needed,
                 "takes": dict(placed.takes),
                 "threads": placed.threads,
+                "processes": placed.processes,
                 "together": placed.together,
             }
             for placed in plan.placement

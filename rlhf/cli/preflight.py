@@ -17,8 +17,10 @@ from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
-from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
+from rlhf.generation.tensor_parallel import check_divisible, check_engine
+from rlhf.models.resolve import check_model, is_encoder_decoder, read_config, resolve
 from rlhf.models.score_head import check_language_model, check_reward_model
+from rlhf.planning.shapes import BUILT_CONFIGS
 from rlhf.storage import Storage
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
         check_language_model(config.model.name, "model.name")
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
+    _check_tensor_parallel(config, cluster)
 
 
 def check_train_only(config: RunConfig, cluster: Cluster, record: "RecordedSet", sampled_by: RunConfig) -> None:
@@ -227,6 +230,14 @@ def _check_cluster(config: RunConfig, cluster: Cluster) -> None:
             f"cluster file: critic.gpus=0 while trainer.gpus={cluster.trainer.gpus:g}: the critic, a model as large as "
             "the policy, would be trained on CPUs. Expected a section critic with GPUs"
         )
+
+
+def _check_tensor_parallel(config: RunConfig, cluster: Cluster) -> None:
+    parts, name = cluster.rollout.tensor_parallel, config.model.name
+    if parts == 1 or config.generation is None:
+        return
+    check_engine(config.generation.engine, parts)
+    check_divisible(BUILT_CONFIGS.get(name) or read_config(name), name, parts)
 
 
 def _check_context(config: RunConfig, prompts: "Prompts") -> None:

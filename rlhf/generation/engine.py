@@ -34,7 +34,8 @@ class EngineSpec:
     """One engine in plain values. `model` is a local Hugging Face folder; sequences are in tokens, cache in GiB.
 
     `probe_tolerance` is the largest log-prob difference at the weight probe, in nats. `max_sequence_tokens` bounds a
-    prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight.
+    prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight. `tensor_parallel`:
+    processes that share each layer.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EngineSpec:
     gpu_memory_fraction: float
     probe_tolerance: float
     mid_sequence: bool
+    tensor_parallel: int
 
 
 @dataclass(frozen=True, slots=True)

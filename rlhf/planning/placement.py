@@ -11,13 +11,15 @@ from rlhf.passes import needs_reference
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names;
-    together, how Ray places actors that compute together (pack, spread, strict_pack), None where each is by itself."""
+    threads, of each of its processes; together, how Ray places actors that compute together (pack, spread,
+    strict_pack), None where each is by itself."""
 
     role: str
     replicas: int
     needed: int
     takes: Mapping[str, float]
     threads: int
+    processes: int
     together: str | None
     settings: Role
 
@@ -40,8 +42,9 @@ def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
             role=name,
             replicas=role.replicas,
             needed=role.needed,
-            takes=_takes(role),
+            takes=role.takes,
             threads=cluster.threads_of(role),
+            processes=role.processes,
             together=role.placement if isinstance(role, Ranks) else None,
             settings=role,
         )
@@ -57,7 +60,3 @@ def demand_of(roles: tuple[Placed, ...], *, least: bool) -> dict[str, float]:
             count = placed.needed if least else placed.replicas
             demand[name] = demand.get(name, 0.0) + amount * count
     return demand
-
-
-def _takes(role: Role) -> dict[str, float]:
-    return {name: amount for name, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items() if amount}

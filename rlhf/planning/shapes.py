@@ -80,6 +80,11 @@ class Shape:
         return self.parameters - encoder - (0 if self.tied else self.embedding)
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values in a layer, each as wide as one of the queries'."""
+        return self.key_value * self.heads // self.attention
+
+    @property
     def cached_values(self) -> int:
         """Numbers that a token leaves in the KV cache: keys and values of each layer of the decoder."""
         return 2 * self.layers * self.key_value
