@@ -4,6 +4,7 @@ Not covered: nodes that are other machines (test_cluster_hosts.py), an autoscale
 """
 
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from ray_nodes import Nodes, Run, ledger, policy, rlhf, seen, workplace
+import yaml
+from ray_nodes import DEADLINE_S, ENVIRONMENT, RLHF, Nodes, Run, ledger, policy, rlhf, seen, workplace
 
 from rlhf.buffer.schema import FILE_NAME, read_meta, reader
 
+BAD_INPUT = 2
 NO_CAPACITY = 3
 INTERRUPTED = 130
 SMALL = {role: {"cpus": 0.1} for role in ("reference", "reward", "buffer")}
@@ -69,6 +72,21 @@ def test_a_run_too_big_ends_with_3_and_says_why_and_one_that_must_wait_runs(
     four.add("late", 1, spot=1)
     slow.wait(0)
     assert len(slow.rows()) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_wrong_token_is_refused_with_a_remedy(four: Nodes, tmp_path: Path) -> None:
+    (workplace(tmp_path) / "cluster.yaml").write_text(yaml.safe_dump({"address": four.address}))
+    command = [*RLHF, "run", "plain.yaml", "--cluster", "cluster.yaml", "--run-dir", "out"]
+    environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": "f" * 64}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    said = ended.stderr.splitlines()[-1]
+    assert ended.returncode == BAD_INPUT, ended.stdout + ended.stderr
+    assert said.startswith(f"rlhf: cluster file: address={four.address}: no Ray cluster lets this run join")
+    assert "its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token" in said and "f" * 64 not in ended.stdout + said
 
 
 def four_nodes(nodes: Nodes, trainers: float) -> None:
