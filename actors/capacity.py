@@ -48,7 +48,7 @@ class Node:
 
 def taken_by(role: Role) -> dict[str, float]:
     """What an actor of a role takes."""
-    return {name: amount for name, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items() if amount}
+    return role.takes
 
 
 def in_words(amounts: Amounts) -> str:

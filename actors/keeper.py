@@ -7,7 +7,6 @@ leave some of its agents for a minute, and stopped workers for ever.
 
 Processes: the run -> keeper (this file, nothing heavy) -> head (holds Ray) -> raylet, gcs, agents -> workers."""
 
-import ctypes
 import json
 import os
 import select
@@ -22,9 +21,8 @@ from typing import Any
 import psutil
 
 from rlhf.errors import RunFailed
+from rlhf.processes import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.5
 END_TIMEOUT_S = 20.0
 
@@ -128,13 +126,6 @@ def be_head(answer: int, settings: Mapping[str, Any]) -> None:
     os.close(answer)
     while "address" in said:
         signal.pause()
-
-
-def prctl(option: int, value: int) -> None:
-    """Linux's prctl(2) with one argument; raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
 def main(run: int, lifeline: int, answer: int, settings: Mapping[str, Any]) -> None:

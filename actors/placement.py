@@ -15,7 +15,6 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs lack it
 from ray.actor import ActorHandle
-from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -25,11 +24,11 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.capacity import Asked, Node, in_words, missing, rank_order, report, taken_by, total
-from actors.joining import REACH_S, reach
+from actors.joining import JOIN_S, REACH_S, join, reach
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
 from rlhf.cluster import Cluster, Ranks, Role
-from rlhf.errors import ActorDied, BadInput, NoCapacity
+from rlhf.errors import ActorDied, NoCapacity
 
 POLL_S = 1.0
 PROGRESS_S = 10.0
@@ -103,15 +102,7 @@ def _stay_on_loopback() -> None:
 def _joined(address: str) -> Iterator[None]:
     # Ray's own handler would end this process at a SIGTERM, with exit code 15 and nothing saved.
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, AuthenticationError) as error:
-        why = (str(error.__cause__ or "").strip() or str(error).strip()).splitlines()[-1]
-        raise BadInput(
-            f"cluster file: address={address}: no Ray cluster lets this run join: {why}. Expected the address of one "
-            "that runs, and its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; `ray get-auth-token` on the head "
-            "prints it. RAY_AUTH_MODE=disabled for one that asks for none"
-        ) from error
+    join(address, JOIN_S)
     signal.signal(signal.SIGTERM, before)
     try:
         yield
@@ -320,8 +311,8 @@ def options(cluster: Cluster, name: str, role: Role) -> dict[str, Any]:
     environment["OMP_NUM_THREADS"] = str(cluster.threads_of(role))
     environment[ROLE_VARIABLE] = name
     return {
-        "num_cpus": role.cpus,
-        "num_gpus": role.gpus,
+        "num_cpus": role.takes.get("CPU", 0),
+        "num_gpus": role.takes.get("GPU", 0),
         "resources": dict(role.resources),
         "runtime_env": {"env_vars": {**QUIET, **environment}},
     }

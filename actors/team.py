@@ -262,7 +262,7 @@ def _hire_engines(order: Order, crew: _Crew, reserved: Mapping[str, _Reserved]) 
 
     def hire(name: str) -> ActorHandle:
         seat = None if places is None else places.seat(name)
-        arguments = (config, name, spec.takes_turns)
+        arguments = (config, name, order.cluster.rollout.tensor_parallel, spec.takes_turns)
         return crew.hire("rollout", RolloutActor, role, *arguments, closable=True, seat=seat)
 
     return crew.pool(spec, hire, order.note)

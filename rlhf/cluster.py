@@ -46,6 +46,17 @@ class Role(Section):
         """Without so many the run does not start."""
         return self.replicas if self.min_replicas is None else self.min_replicas
 
+    @property
+    def processes(self) -> int:
+        """Processes that compute in each actor."""
+        return 1
+
+    @property
+    def takes(self) -> dict[str, float]:
+        """What an actor takes, by Ray's resource names, all of it on one node; what it takes none of is left out."""
+        each = {"CPU": self.cpus * self.processes, "GPU": self.gpus * self.processes, **self.resources}
+        return {name: amount for name, amount in each.items() if amount}
+
 
 class Ranks(Role):
     """A role whose actors compute together: they are placed together, and keep their places until the run ends."""
@@ -61,6 +72,29 @@ class Ranks(Role):
         if not (self.cpus or self.gpus or any(self.resources.values())):
             raise ValueError("asks for nothing, so that no place can be held for it; expected cpus, gpus or resources")
         return self
+
+
+class Engines(Role):
+    """Rollout engines. One with tensor parallelism is still one actor, on one node, with n times the CPUs and GPUs."""
+
+    tensor_parallel: PositiveInt = Field(
+        default=1,
+        description="processes that hold a share of each layer and compute together, on one node; each has `cpus` and "
+        "`gpus`, an engine so many times as much. For engine vllm",
+    )
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if self.tensor_parallel > 1 and self.gpus not in (0, 1):
+            raise ValueError(
+                f"gpus={self.gpus:g} with tensor_parallel={self.tensor_parallel}: each of the processes of an engine "
+                "has a GPU of its own; expected 1, or 0 without GPUs"
+            )
+        return self
+
+    @property
+    def processes(self) -> int:
+        return self.tensor_parallel
 
 
 class StoragePlace(Section):
@@ -101,12 +135,14 @@ class Cluster(Section):
         default=120.0, description="longest wait for room in the cluster, at the start and when it has shrunk"
     )
     threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="compute threads of each actor; null: its CPUs, rounded up"
+        default=None,
+        description="compute threads of each actor, and of each process of an engine with `tensor_parallel`; null: its "
+        "CPUs, rounded up",
     )
     storage: StoragePlace = Field(default_factory=StoragePlace, description="a copy of the run elsewhere")
     trainer: Ranks = Field(default_factory=Ranks, description="ranks of the policy trainer")
     critic: Ranks = Field(default_factory=Ranks, description="ranks of the critic; none without one (PPO has one)")
-    rollout: Role = Field(default_factory=Role, description="rollout engines")
+    rollout: Engines = Field(default_factory=Engines, description="rollout engines")
     reference: Role = Field(default_factory=Role, description="reference models")
     reward: Role = Field(default_factory=lambda: Role(cpus=0.5), description="hosts of the reward function")
     buffer: Role = Field(default_factory=lambda: Role(cpus=0.5), description="the experience buffer; exactly one")
@@ -131,6 +167,11 @@ class Cluster(Section):
                     f"{place}.min_replicas={role.min_replicas}: roles that share GPUs are placed together, and keep "
                     "their places until the run ends; leave it out"
                 )
+        if "rollout" in named and self.rollout.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel={self.rollout.tensor_parallel}: an engine of a colocation group has one GPU; "
+                "expected 1"
+            )
         for group in self.colocation:
             if not set(group) & LEARNING or set(group) <= LEARNING:
                 raise ValueError(
@@ -170,7 +211,7 @@ class Cluster(Section):
         }
 
     def threads_of(self, role: Role) -> int:
-        """Compute threads of an actor of this role, the same in one process and on Ray."""
+        """Compute threads of each process of an actor of this role, the same in one process and on Ray."""
         return self.threads_per_role or max(1, math.ceil(role.cpus))
 
 
@@ -180,5 +221,5 @@ def this_machine(cores: int) -> Cluster:
     cores, those of the machine. The CPUs are logical, so that they add up to more than there are.
     """
     return Cluster(
-        trainer=Ranks(cpus=cores), critic=Ranks(cpus=cores), rollout=Role(cpus=cores), reference=Role(cpus=cores)
+        trainer=Ranks(cpus=cores), critic=Ranks(cpus=cores), rollout=Engines(cpus=cores), reference=Role(cpus=cores)
     )

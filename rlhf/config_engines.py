@@ -12,8 +12,9 @@ class GenerationConfig(Section):
 
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="rollout engine")
     max_new_tokens: PositiveInt = Field(description="longest completion")
-    temperature: PositiveFloat = Field(
-        default=1.0, description="softmax temperature, applied in every log-prob pass too"
+    # vLLM raises lower temperatures to 0.01 without a word, and takes the lowest for greedy.
+    temperature: float = Field(
+        default=1.0, ge=0.01, le=100.0, description="softmax temperature, applied in every log-prob pass too"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="must be 1 in training: see the error")
     top_k: NonNegativeInt = Field(default=0, description="must be 0 (all tokens) in training: see the error")

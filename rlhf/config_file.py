@@ -171,7 +171,11 @@ def _is_path(name: str) -> bool:
 def _absolute(name: str, folders: Sequence[Path]) -> str:
     path = Path(name).expanduser()
     for candidate in [folder / path for folder in folders]:
-        if candidate.exists():
+        try:
+            there = candidate.exists()
+        except OSError as error:  # too long to be a path
+            raise BadInput(f"{name[:60]!r}…: cannot be looked for: {error.strerror}") from error
+        if there:
             return str(candidate.resolve())
     return str(path) if name.startswith("~") else name
 

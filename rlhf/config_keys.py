@@ -103,6 +103,8 @@ def _in_words(fault: ErrorDetails, key: str, kind: type[BaseModel]) -> str:
     found, what = fault["input"], fault["type"]
     if what == "extra_forbidden":
         near = nearest(key, kind)
+        if near == key:
+            return f"{key} is a key of other kinds of {key.rpartition('.')[0]} only; leave it out here"
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else f"; keys there: {_siblings(key, kind)}")
     if what == "missing":
         meaning = next((k.meaning for k in all_keys(kind) if k.name == key), "")

@@ -37,6 +37,10 @@ class WorkerLost(ActorDied):
         self.counted = counted
 
 
+class EngineLost(ActorDied):
+    """A rollout engine lost one of its processes and cannot go on; another one can take its place."""
+
+
 class HandleLost(ActorDied):
     """What a handle stood for went with the node that held it; it can be made again."""
 

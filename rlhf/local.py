@@ -107,7 +107,9 @@ def _samplers(
     config, rollouts = order.blueprint.config, dataset_workers(order)
     if rollouts is None:
         sleeps = "rollout" in takers
-        generator = (build_sleeper if sleeps else build_generator)(config, "rollout-0")
+        generator = (build_sleeper if sleeps else build_generator)(
+            config, "rollout-0", order.cluster.rollout.tensor_parallel
+        )
         closing.callback(generator.close)
         generator.setup()
         work = partial(answers, generator)

@@ -58,6 +58,13 @@ def parse(text: str, place: str) -> Any:
     return value
 
 
+def _refuse_half_characters(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{place}: {text[:40]!r} has half a character (a surrogate without its pair)") from error
+
+
 def _refuse_endless(value: Any, place: str) -> None:
     """Raises BadInput for aliases that contain themselves, or that repeat each other beyond all bounds."""
     left, seen = [value], 0
@@ -69,7 +76,9 @@ def _refuse_endless(value: Any, place: str) -> None:
                 f"{place}: holds more than {MOST_VALUES:,} values; expected fewer, and no alias (*name) that contains "
                 "itself or repeats others again and again"
             )
-        if isinstance(inside, dict):
+        if isinstance(inside, str):
+            _refuse_half_characters(inside, place)
+        elif isinstance(inside, dict):
             left += inside.values()
         elif isinstance(inside, list):
             left += inside

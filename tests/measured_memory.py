@@ -97,7 +97,7 @@ def sample(config: RunConfig, prompt_tokens: int, completion: int) -> None:
         os.wait()
         with file.open("rb") as stream:
             weights = pickle.load(stream)
-    generator = build_generator(config, "rollout-0")
+    generator = build_generator(config, "rollout-0", 1)
     generator.setup()
     for _ in range(2):
         generator.load(weights)

@@ -58,7 +58,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Polic
     config = settings(tmp_path, request.param, "vllm")
     learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
-    generator = build_generator(config, "rollout-0")
+    generator = build_generator(config, "rollout-0", 1)
     assert isinstance(generator, VllmGenerator)
     generator.setup()
     yield learner, generator, PromptSet.load(config)
@@ -181,4 +181,4 @@ def _spec(config: RunConfig):  # type: ignore[no-untyped-def]
     from rlhf.generation.build import engine_spec
     from rlhf.models.resolve import resolve
 
-    return replace(engine_spec(config, "rollout-0", resolve(config.model.name)))
+    return replace(engine_spec(config, "rollout-0", resolve(config.model.name), 1))

@@ -4,6 +4,7 @@ Not covered: nodes that are other machines (test_cluster_hosts.py), an autoscale
 """
 
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from ray_nodes import Nodes, Run, ledger, policy, rlhf, seen, workplace
+import yaml
+from ray_nodes import DEADLINE_S, ENVIRONMENT, RLHF, Nodes, Run, ledger, policy, rlhf, seen, workplace
 
 from rlhf.buffer.schema import FILE_NAME, read_meta, reader
 
+BAD_INPUT = 2
 NO_CAPACITY = 3
 INTERRUPTED = 130
+START_S = 900.0  # of the long tests: a busy machine takes minutes to start five nodes and the run's processes
 SMALL = {role: {"cpus": 0.1} for role in ("reference", "reward", "buffer")}
 
 
@@ -71,6 +75,21 @@ def test_a_run_too_big_ends_with_3_and_says_why_and_one_that_must_wait_runs(
     assert len(slow.rows()) == 2
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_wrong_token_is_refused_with_a_remedy(four: Nodes, tmp_path: Path) -> None:
+    (workplace(tmp_path) / "cluster.yaml").write_text(yaml.safe_dump({"address": four.address}))
+    command = [*RLHF, "run", "plain.yaml", "--cluster", "cluster.yaml", "--run-dir", "out"]
+    environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": "f" * 64}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    said = ended.stderr.splitlines()[-1]
+    assert ended.returncode == BAD_INPUT, ended.stdout + ended.stderr
+    assert said.startswith(f"rlhf: cluster file: address={four.address}: no Ray cluster lets this run join")
+    assert "its token in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token" in said and "f" * 64 not in ended.stdout + said
+
+
 def four_nodes(nodes: Nodes, trainers: float) -> None:
     """The head, one node for the trainer's ranks, two for an engine each."""
     nodes.add("head", 2)
@@ -103,7 +122,7 @@ def test_an_engine_s_node_is_killed_and_four_nodes_end_as_one_process(
 ) -> None:
     """Four four. A clean ledger, each prompt trained once, and bitwise the parameters of the run in one process."""
     run = start(cluster_of(four.address, 1), "four", "loop.num_steps=3000")
-    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()), START_S)
     four.kill("engine-0")
     run.until(lambda: any(row["faults/workers_left"] + row["faults/workers_died"] for row in run.rows()))
     run.steps(2)
@@ -130,7 +149,7 @@ def test_two_ranks_on_one_of_four_nodes_survive_the_death_of_their_node(
     settings = ["learner.engine=deepspeed", "learner.zero_stage=2", "loop.checkpoint_every=10"]
     cluster = {**cluster_of(nodes.address, 2), "placement_timeout_s": 900}
     run = start(cluster, "four", *settings, "loop.num_steps=3000")
-    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()), START_S)
     nodes.kill("engine-0")
     run.steps(3)
     nodes.add("engine-2", 1, engine=1)
@@ -173,7 +192,7 @@ def test_a_drained_node_s_engine_leaves_and_sigterm_on_the_head_saves_for_the_ne
     command ends as one process would. SIGTERM while a run waits for places ends it with 130 too."""
     four_nodes(nodes, 1)
     run = start(cluster_of(nodes.address, 1), "drained", "loop.num_steps=3000")
-    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()), START_S)
     nodes.drain("engine-0")
     before, began = len(run.rows()), time.monotonic()
     run.until(lambda: run.rows()[-1]["sync/engines"] == 1)
@@ -240,7 +259,7 @@ def test_the_trainer_leaves_a_drained_node_if_it_can_and_stays_if_it_cannot(
     settings = ["loop.checkpoint_every=0", "loop.keep_checkpoints=100"]
     cluster = {**cluster_of(nodes.address, 1), "placement_timeout_s": 900}
     run = start(cluster, "drained", *settings, "loop.num_steps=3000")
-    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()))
+    run.until(lambda: any(row["sync/engines"] == 2 for row in run.rows()), START_S)
 
     def moves() -> float:
         return run.rows()[-1]["faults/trainer_moves"]
@@ -307,7 +326,7 @@ def test_one_of_two_ranks_leaves_a_drained_node(nodes: Nodes, start: Callable[..
     cluster = cluster_of(nodes.address, 2)
     cluster["trainer"]["placement"], cluster["rollout"]["replicas"] = "pack", 1
     run = start(cluster, "drained", *settings, "loop.num_steps=3000")
-    run.until(lambda: len(run.rows()) >= 2)
+    run.until(lambda: len(run.rows()) >= 2, START_S)
     nodes.add("spare", 1, trainer=1)
     nodes.drain("rank-1")
     run.until(lambda: run.rows()[-1]["faults/trainer_moves"] == 1)

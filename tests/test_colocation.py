@@ -91,6 +91,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     [
         ({"trainer": {"gpus": 0.5}}, "colocation: trainer.gpus=0.5; expected 1"),
         ({"rollout": {"gpus": 2}}, "colocation: rollout.gpus=2; expected 1"),
+        ({"rollout": {"gpus": 1, "tensor_parallel": 2}}, "rollout.tensor_parallel=2: an engine of a colocation group"),
         ({"rollout": {"gpus": 1, "replicas": 2, "min_replicas": 1}}, "colocation: rollout.min_replicas=1: roles that"),
         ({"colocation": [["trainer", "rollout"], ["critic", "rollout"]]}, "rollout is named 2 times; expected once"),
         ({"colocation": [["trainer", "critic"]]}, "has nobody to take turns with; expected trainer or critic, and"),
@@ -278,7 +279,7 @@ def test_an_engine_that_sleeps_holds_no_weights_and_samples_the_same_when_they_a
     learner.setup()
     published = learner.publish()
     assert published is not None
-    engine = build_sleeper(config, "rollout-0")
+    engine = build_sleeper(config, "rollout-0", 1)
     engine.setup()
     wanted = request([prompt(0), prompt(1)], 6)
     ask = partial(engine.generate, wanted.prompts, wanted.sampling, 2, "sample")
@@ -299,7 +300,7 @@ def test_an_engine_that_sleeps_holds_no_weights_and_samples_the_same_when_they_a
     with pytest.raises(RunFailed, match="asked to sleep with samples in flight"):
         engine.sleep()
     begun.close()
-    other = build_generator(config, "rollout-1")
+    other = build_generator(config, "rollout-1", 1)
     with pytest.raises(RunFailed, match="was not built to take turns"):
         other.sleep()
 
@@ -629,7 +630,7 @@ def test_vllm_gives_its_gpu_up_and_samples_the_same_again(tiny_run: Callable[...
     published = learner.publish()
     assert published is not None
     learner.offload()
-    engine = build_sleeper(config, "rollout-0")
+    engine = build_sleeper(config, "rollout-0", 1)
     engine.setup()
     try:
         wanted = request([prompt(0), prompt(1)], 16)

@@ -90,7 +90,7 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, override: str, expected: 
         ("loop=3", "loop", "3", "keys with values"),
         ("model.lora.target_modules=3", "model.lora.target_modules", "3", "list or 'all-linear'"),
         ("generation.engine=sglang", "generation.engine", "'sglang'", "'vllm' or 'transformers'"),
-        ("generation.temperature=-1", "generation.temperature", "-1", "greater than 0"),
+        ("generation.temperature=-1", "generation.temperature", "-1", "greater than or equal to 0.01"),
         ("learner.lr=.nan", "learner.lr", "nan", "number"),
         ("algorithm.name=foo", "algorithm.name", "'foo'", "'rloo', 'reinforce'"),
         ("data.path=null", "data.path", "None", "string"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import RunFailed, WeightMismatch
 from rlhf.experience import Group, Prompt, Sampling
-from rlhf.generation import vllm_engine
+from rlhf.generation import vllm_weights
 from rlhf.generation.engine import EngineSpec
 from rlhf.generation.vllm_engine import VllmGenerator
 from rlhf.models.resolve import resolve
@@ -54,6 +54,7 @@ class Setting:
                 probe_tolerance=1e-3,
                 mid_sequence=True,
                 sleeps=False,
+                tensor_parallel=1,
             )
         )
 
@@ -152,7 +153,7 @@ def test_a_tied_head_that_is_not_packed_again_is_caught(setting: Setting, monkey
     """The control of the test above: without the refresh the probe refuses the tied model, and only that."""
     setting.perturb()
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_engine, "refresh_output_heads", lambda model: None)
+        patch.setattr(vllm_weights, "refresh_output_heads", lambda model: None)
         if not setting.tied:
             setting.engine.load(setting.publish())
             return

@@ -154,12 +154,14 @@ def run_config(generation: dict[str, object], learner: dict[str, object]) -> Run
 
 def test_an_engine_is_built_from_the_run_file() -> None:
     """Precision follows the learner unless it is given, and the probe's tolerance follows it. Nothing starts."""
-    assert isinstance(build_generator(run_config({"engine": "transformers"}, {}), "rollout-2"), TransformersGenerator)
-    assert isinstance(build_generator(run_config({"engine": "vllm"}, {}), "rollout-2"), VllmGenerator)
+    assert isinstance(
+        build_generator(run_config({"engine": "transformers"}, {}), "rollout-2", 1), TransformersGenerator
+    )
+    assert isinstance(build_generator(run_config({"engine": "vllm"}, {}), "rollout-2", 1), VllmGenerator)
     model = resolve("tiny")
-    spec = engine_spec(run_config({}, {"dtype": "bfloat16"}), "rollout-2", model)
+    spec = engine_spec(run_config({}, {"dtype": "bfloat16"}), "rollout-2", model, 1)
     assert (spec.name, spec.run_seed, spec.dtype, spec.max_sequence_tokens) == ("rollout-2", 11, "bfloat16", 64)
-    other = engine_spec(run_config({"dtype": "float32"}, {"dtype": "bfloat16"}), "rollout-2", model)
+    other = engine_spec(run_config({"dtype": "float32"}, {"dtype": "bfloat16"}), "rollout-2", model, 1)
     assert other.dtype == "float32"
     assert other.probe_tolerance < spec.probe_tolerance
-    assert engine_spec(run_config({"probe_tolerance": 0.125}, {}), "rollout-2", model).probe_tolerance == 0.125
+    assert engine_spec(run_config({"probe_tolerance": 0.125}, {}), "rollout-2", model, 1).probe_tolerance == 0.125

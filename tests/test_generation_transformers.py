@@ -55,6 +55,7 @@ def engine_for(folder: Path, run_seed: int = 3, mid_sequence: bool = False) -> T
             probe_tolerance=1e-3,
             mid_sequence=mid_sequence,
             sleeps=False,
+            tensor_parallel=1,
         )
     )
     engine.setup()

@@ -69,6 +69,30 @@ def test_what_is_no_address_is_refused(address: str, said: str) -> None:
         joining.reach(address, 600.0)
 
 
+def test_a_head_that_is_not_ready_is_tried_again_and_a_wrong_token_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises in both cases was seen on real heads; here it is raised by a stand-in."""
+    not_ready = ConnectionError("Failed to connect to Ray cluster")
+    not_ready.__cause__ = RuntimeError("GCS cannot find the node")
+    refused = ConnectionError("Failed to connect to Ray cluster")
+    refused.__cause__ = RuntimeError("trace\nray.exceptions.AuthenticationError: InvalidAuthToken: incorrect. Ensure")
+    told: list[Exception | None] = [not_ready, not_ready, None]
+
+    def init(**settings: object) -> None:
+        if (error := told.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(joining.ray, "init", init)
+    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    joining.join("head:6379", 600.0)
+    assert not told
+    told += [refused, None]
+    with pytest.raises(BadInput, match=r"InvalidAuthToken: incorrect\. Expected .* its token in RAY_AUTH_TOKEN"):
+        joining.join("head:6379", 600.0)
+    told[:] = [not_ready]
+    with pytest.raises(BadInput, match="GCS cannot find the node"):
+        joining.join("head:6379", -1.0)
+
+
 def test_the_command_ends_with_2_and_the_remedy(
     bound: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

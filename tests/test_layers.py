@@ -94,8 +94,10 @@ def test_every_role_file_is_in_the_contract_of_the_roles() -> None:
         for name in (
             "capacity",
             "heartbeat",
+            "joining",
             "keeper",
             "learner",
+            "notices",
             "placement",
             "pool",
             "ranks",

@@ -43,6 +43,13 @@ def test_tiny_model_has_the_same_bytes_whoever_builds_it(tmp_path: Path, monkeyp
     assert len(digests) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match=r"file: built models are kept there.* Next: set RLHF_CACHE"):
+        resolve("tiny")
+
+
 def test_tied_and_untied_differ_in_the_output_head_only() -> None:
     """By the names in the weight files."""
     from safetensors import safe_open

@@ -400,7 +400,7 @@ def test_new_weights_reach_an_engine_in_the_middle_of_its_task(
         list[str](),
     )
     pool = ActorWorkers(
-        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name, False), ray.kill, notes.append
+        spec, lambda name: RolloutActor.options(num_cpus=0).remote(config, name, 1, False), ray.kill, notes.append
     )
     try:
         pool.wait_until_up()

@@ -59,7 +59,7 @@ def test_what_is_published_is_what_the_4_bit_policy_computes(
     packed = {n: p.detach().clone() for n, p in base.named_parameters() if p.dtype == torch.uint8}
     assert sum(name.endswith("base_layer.weight") for name in packed) == 14
     groups = sampled_groups(0, 2, 4, 0, 1.0)
-    generator = build_generator(config, "rollout-0")
+    generator = build_generator(config, "rollout-0", 1)
     generator.setup()
     tolerance = 1e-4 if dtype == "float32" else 0.3
     seen = []
@@ -146,7 +146,7 @@ def test_every_log_prob_pass_runs_the_attention_that_was_asked_for(
     config = tiny_run({"attention": attention}, {}, {}, {})
     learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
-    judge, generator = ReferenceJudge(config), build_generator(config, "rollout-0")
+    judge, generator = ReferenceJudge(config), build_generator(config, "rollout-0", 1)
     judge.setup()
     generator.setup()
     start_score_model(config.model, "float32", 0).save_pretrained(tmp_path)

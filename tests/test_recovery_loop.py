@@ -46,14 +46,18 @@ class Supply:
 
 
 class Notice:
-    """A machine's end is announced when so many updates are done; `room`, whether there is another machine, for each
-    time that the learner asks. Without one it is due again once `found_at` updates are done."""
+    """A machine's end is announced when so many updates are done, after `before` more questions; `room`, whether there
+    is another machine, for each time that the learner asks. Without one it is due again once `found_at` updates are
+    done."""
 
     def __init__(self, at: int, room: list[bool], found_at: int) -> None:
-        self.at, self.room, self.found_at = at, room, found_at
+        self.at, self.room, self.found_at, self.before = at, room, found_at, 0
 
     def is_due(self, version: int) -> bool:
-        return bool(self.room) and version >= self.at
+        if not self.room or version < self.at:
+            return False
+        self.before -= 1
+        return self.before < 0
 
     def finds_room(self) -> bool:
         self.at = self.found_at
@@ -204,9 +208,10 @@ def test_deaths_in_a_row_without_a_new_step_end_the_run(stage: Callable[..., Sta
 def test_a_notice_saves_at_the_next_safe_point_and_moves_without_training_or_generating_again(
     stage: Callable[..., Stage],
 ) -> None:
-    """After two updates, one before a checkpoint is due; the wait for the next step's groups is given up."""
+    """After two updates, one before a checkpoint is due, while the next step waits for its groups."""
     run = stage({})
     run.notice = Notice(2, [True], 0)
+    run.notice.before = 1  # the loop's question; the next one is the wait's
     assert run.run() == "done"
     (learner,) = run.learners
     assert learner.loads == [None, run.run_dir / "checkpoints/step-000002"]

@@ -5,6 +5,7 @@ Not covered: vLLM, several machines, engines of unequal speed.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import yaml
 
 from rlhf.admission import Demand
 from rlhf.buffer.store import ExperienceBuffer
+from rlhf.cluster import Role
 from rlhf.config import LoopConfig
 from rlhf.experience import REWARD, Group, Prompt, Sample, Sampling
 from rlhf.interfaces import Request
@@ -290,7 +292,8 @@ def paced_run(folder: Path, staleness: int) -> list[float]:
     from actors.pool import ActorWorkers, PoolSpec
 
     def pool(role: str, size: int, hire: Any) -> ActorWorkers:
-        spec = PoolSpec(role, size, size, role == "rollout", False, "nothing", 60.0, 60.0, 120.0, 60.0, 3)
+        limits = (60.0, 60.0, 120.0, 60.0, 3, math.inf, False)
+        spec = PoolSpec(role, size, size, role == "rollout", False, Role(cpus=0), *limits)
         return ActorWorkers(spec, hire, ray.kill, print)
 
     engine, judge = ray.remote(PacedEngine).options(num_cpus=0), JudgeActor.options(num_cpus=0)

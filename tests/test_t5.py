@@ -148,7 +148,7 @@ def test_engine_learner_and_reference_agree_at_every_token_before_and_after_upda
     config = settings(a_t5(kind, tmp_path), {}, lora)
     learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
-    generator, judge = build_generator(config, "rollout-0"), ReferenceJudge(config)
+    generator, judge = build_generator(config, "rollout-0", 1), ReferenceJudge(config)
     generator.setup()
     judge.setup()
     for update in range(2):
@@ -187,7 +187,7 @@ def test_the_probe_sees_an_encoder_that_kept_its_old_weights(left_out: str, monk
     config = settings("tiny_t5", {}, None)
     learner = PolicyLearner(config, build(config.algorithm), 0, 1, None)
     learner.setup()
-    generator = build_generator(config, "rollout-0")
+    generator = build_generator(config, "rollout-0", 1)
     generator.setup()
     with torch.no_grad():
         for parameter in learner._engine.policy.parameters():
@@ -204,7 +204,7 @@ def test_the_probe_sees_an_encoder_that_kept_its_old_weights(left_out: str, monk
     assert weights is not None
     generator.load(weights)
     monkeypatch.setattr(TransformersGenerator, "_take", forgetful)
-    fresh = build_generator(config, "rollout-1")
+    fresh = build_generator(config, "rollout-1", 1)
     fresh.setup()
     with pytest.raises(WeightMismatch, match="does not compute with them"):
         fresh.load(weights)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from clusters.checks.documents import Fault
-from rlhf.cluster import Cluster, Role
+from rlhf.cluster import Cluster
 from rlhf.colocation import places_of
 
 
@@ -17,12 +17,6 @@ class Kind:
     most: int
 
 
-def takes(role: Role) -> dict[str, float]:
-    """What an actor of a role takes."""
-    asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}
-    return {name: amount for name, amount in asked.items() if amount}
-
-
 def missing_room(cluster: Cluster, kinds: Sequence[Kind]) -> Iterator[Fault]:
     """Roles that cannot be placed even when there are as many nodes as there can be; fields are the cluster file's.
 
@@ -33,17 +27,17 @@ def missing_room(cluster: Cluster, kinds: Sequence[Kind]) -> Iterator[Fault]:
     unknown = False
     places = places_of(cluster, cluster.roles)
     for name, role in places.items():
-        for tag in takes(role).keys() - {"CPU", "GPU", *known}:
+        for tag in role.takes.keys() - {"CPU", "GPU", *known}:
             unknown = True
             yield Fault(f"{name}.resources", f"asks for '{tag}', which no node has; there are: {', '.join(known)}")
     if unknown:
         return
-    for name, role in sorted(places.items(), key=lambda place: -place[1].gpus):
+    for name, role in sorted(places.items(), key=lambda place: -place[1].takes.get("GPU", 0.0)):
         placed = 0
-        while placed < role.replicas and _place(takes(role), free):
+        while placed < role.replicas and _place(role.takes, free):
             placed += 1
         if placed < role.replicas:
-            asked = ", ".join(f"{resource}: {amount:g}" for resource, amount in takes(role).items())
+            asked = ", ".join(f"{resource}: {amount:g}" for resource, amount in role.takes.items())
             yield Fault(
                 f"{name}.replicas",
                 f"{placed} of {role.replicas} find a place ({asked} each) on {_nodes(kinds)}, less what others take",

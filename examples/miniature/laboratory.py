@@ -118,7 +118,7 @@ def answers(policy: Path, file: Path, count: int, seed: int) -> list[Group]:
     config = _sampling_run(policy, file, seed)
     learner = PolicyLearner(config, draw(config).algorithm, 0, 1, None)
     learner.setup()
-    generator = build_generator(config, "evaluation")
+    generator = build_generator(config, "evaluation", 1)
     generator.setup()
     try:
         weights = learner.publish()

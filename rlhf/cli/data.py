@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.cli import data_pairs
 from rlhf.cli.exit_codes import DONE
+from rlhf.cli.folders import writing
 from rlhf.config import DataConfig
 from rlhf.credentials import refuse_credentials
 from rlhf.data.examples import Example, Format, fitting_formats, sort_out
@@ -123,9 +124,10 @@ def split_rows(
     lines: dict[str, list[str]] = {TRAIN_FILE: [], TEST_FILE: []}
     for key, example in zip(keys, examples, strict=True):
         lines[TEST_FILE if key in chosen else TRAIN_FILE].append(_line(example.record))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, written in lines.items():
-        (folder / file).write_text("".join(written), encoding="utf-8")
+    with writing("--to", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, written in lines.items():
+            (folder / file).write_text("".join(written), encoding="utf-8")
     return {
         "format": name,
         "unusable": dict(Counter(error.reason for error in unusable)),

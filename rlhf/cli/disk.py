@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.errors import RunFailed
+from rlhf.errors import BadInput, RunFailed
 
 # What the system, SQLite and the writers of tensors say. Some say nothing of the kind: then the free space tells.
 SAID = ("No space left on device", "database or disk is full", "Disk quota exceeded")
@@ -21,7 +21,7 @@ def names_a_full_disk(run_dir: Path) -> Iterator[None]:
     """Whatever fails in this block because nothing more can be written fails with DiskFull, which says so."""
     try:
         yield
-    except DiskFull:
+    except (DiskFull, BadInput):
         raise
     except Exception as error:
         place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlhf import checkpoint
 from rlhf.cli.exit_codes import DONE
+from rlhf.cli.folders import writing
 from rlhf.cli.run_directory import read_config
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
@@ -30,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments.run_dir)
     if arguments.what == "policy":
-        source = export_policy(policy_of(arguments.run_dir, config, arguments.checkpoint or "latest"), arguments.to)
+        policy = policy_of(arguments.run_dir, config, arguments.checkpoint or "latest")
+        with writing("--to", arguments.to):
+            source = export_policy(policy, arguments.to)
         print(f"{arguments.to}: the policy of {source.parent.name}; loads with from_pretrained and in vLLM")
         return DONE
     if arguments.checkpoint is not None:
         raise BadInput("--checkpoint: chooses a policy; with --what experience all samples are written. Leave it out")
     from rlhf.buffer.export import export_experience
 
-    count = export_experience(arguments.run_dir, arguments.to)
+    with writing("--to", arguments.to):
+        count = export_experience(arguments.run_dir, arguments.to)
     print(f"{arguments.to}: {count} samples; loads with datasets.load_dataset")
     return DONE
 

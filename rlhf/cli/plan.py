@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     cluster = whole_machine(cores) if arguments.cluster is None else load_cluster(arguments.cluster, [])
     device = _gpu(arguments.gpu, cluster)
     lengths = _lengths(config, arguments.prompt_tokens, arguments.completion_tokens)
-    if arguments.network_gbit is not None and arguments.network_gbit <= 0:
+    if arguments.network_gbit is not None and not 0 < arguments.network_gbit < math.inf:
         raise BadInput(f"--network-gbit {arguments.network_gbit:g}: expected a speed above 0")
     models = _models(config)
     check_settings(config, cluster)
@@ -114,6 +115,7 @@ def as_json(given: Given, plan: Plan) -> dict[str, Any]:
                 "needed": placed.needed,
                 "takes": dict(placed.takes),
                 "threads": placed.threads,
+                "processes": placed.processes,
                 "together": placed.together,
                 "shares_with": list(placed.shares_with),
             }

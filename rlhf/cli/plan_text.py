@@ -42,7 +42,10 @@ def _placement(plan: Plan) -> str:
         takes = ", ".join(f"{name} {amount:g}" for name, amount in placed.takes.items()) or "nothing"
         together = f", placed together ({placed.together})" if placed.together and placed.replicas > 1 else ""
         together += f", on the GPUs of {', '.join(placed.shares_with)}" if placed.shares_with else ""
-        lines.append(f"  {placed.role:<10} {count} x ({takes}), {placed.threads} threads{together}")
+        threads = f"{placed.threads} threads"
+        if placed.processes > 1:
+            threads = f"{placed.processes} processes of {threads}, on one node"
+        lines.append(f"  {placed.role:<10} {count} x ({takes}), {threads}{together}")
     lines.append("  together   " + ", ".join(f"{name} {amount:g}" for name, amount in plan.demand.items()))
     return "\n".join(lines)
 
@@ -83,7 +86,8 @@ def _memory(plan: Plan) -> str:
 def _role_memory(role: RoleMemory) -> Iterator[str]:
     peaks = f"{_size(role.host_peak)}"
     if role.device_peak:
-        peaks = f"{_size(role.device_peak)} on the GPU, {_size(role.host_peak)} in the host's memory"
+        where = "the GPU" if role.processes == 1 else f"each of its {role.processes} GPUs"
+        peaks = f"{_size(role.device_peak)} on {where}, {_size(role.host_peak)} in the host's memory"
     yield f"  {role.role:<10} {peaks} ({role.replicas} x, {role.device})"
     phases: dict[str, list[str]] = {}
     for part in role.parts:

@@ -5,6 +5,7 @@ tokenizer, so the model is fetched or built first. Both raise BadInput."""
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import distributions
@@ -18,9 +19,11 @@ from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
-from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
+from rlhf.generation.tensor_parallel import check_divisible, check_engine
+from rlhf.models.resolve import check_model, is_encoder_decoder, read_config, resolve
 from rlhf.models.score_head import check_language_model, check_reward_model
 from rlhf.planning.placement import placed_roles
+from rlhf.planning.shapes import BUILT_CONFIGS
 from rlhf.storage import Storage
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ def check_cheaply(config: RunConfig, cluster: Cluster) -> None:
     _check_engines(config)
     _check_kernels(config, cluster)
     _check_sleep(config, cluster)
+    _check_environment(config, cluster)
     if cluster.storage.address is not None:
         Storage(cluster.storage.address)  # refuses what it cannot open
     check_model(config.model.name)
@@ -61,6 +65,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
         check_language_model(config.model.name, "model.name")
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
+    _check_tensor_parallel(config, cluster)
 
 
 def check_train_only(config: RunConfig, cluster: Cluster, record: "RecordedSet", sampled_by: RunConfig) -> None:
@@ -183,6 +188,16 @@ def _check_kernels(config: RunConfig, cluster: Cluster) -> None:
         )
 
 
+def _check_environment(config: RunConfig, cluster: Cluster) -> None:
+    """A variable of vLLM's that would go before the run file without a word."""
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if config.generation is not None and config.generation.engine == "vllm" and space and not cluster.rollout.gpus:
+        raise BadInput(
+            f"the environment has VLLM_CPU_KVCACHE_SPACE={space}, which vLLM takes in place of generation.cache_gib="
+            f"{config.generation.cache_gib:g}. Next: unset it, and set generation.cache_gib"
+        )
+
+
 def _check_encoder_decoder(config: RunConfig) -> None:
     name = config.model.name
     if config.generation is not None and config.generation.engine == "vllm":
@@ -251,6 +266,14 @@ def _check_sleep(config: RunConfig, cluster: Cluster) -> None:
 
 def _turn_takers(config: RunConfig, cluster: Cluster) -> frozenset[str]:
     return turn_takers(cluster, {placed.role: placed.settings for placed in placed_roles(config, cluster)})
+
+
+def _check_tensor_parallel(config: RunConfig, cluster: Cluster) -> None:
+    parts, name = cluster.rollout.tensor_parallel, config.model.name
+    if parts == 1 or config.generation is None:
+        return
+    check_engine(config.generation.engine, parts)
+    check_divisible(BUILT_CONFIGS.get(name) or read_config(name), name, parts)
 
 
 def _check_context(config: RunConfig, prompts: "Prompts") -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from rlhf.buffer.schema import FILE_NAME
+from rlhf.cli.folders import writing
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import differing_keys, dump, load_run
@@ -18,6 +20,7 @@ from rlhf.errors import BadInput
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.yaml"
 LOCK_FILE = ".lock"
+OPTION = "--run-dir"
 
 # Keys that may change when a run is gone on with: none of them changes a step that is already history.
 MAY_CHANGE = (
@@ -47,15 +50,21 @@ def settle(run_dir: Path, config: RunConfig, cluster: Cluster, *, fresh: bool) -
     check_directory(run_dir, config, fresh=fresh)
     if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
         run_dir.rename(_free_name(run_dir))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_durably(run_dir / CONFIG_FILE, dump(config))
-    replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+    with writing(OPTION, run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_durably(run_dir / CONFIG_FILE, dump(config))
+        replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
 
 
 def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
     """The refusals of `settle`, changing nothing."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
+    with writing(OPTION, run_dir):
+        if run_dir.exists() and not run_dir.is_dir():
+            raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
+    # It would be taken for a part of the outer one: for one of its checkpoints, or for what a copy of it holds.
+    for outer in run_dir.absolute().parents:
+        if (outer / CONFIG_FILE).is_file() and (outer / FILE_NAME).is_file():
+            raise BadInput(f"--run-dir {run_dir}: is inside another run, {outer}; expected a folder outside")
     if fresh:
         return
     if (run_dir / CONFIG_FILE).is_file():

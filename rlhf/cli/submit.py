@@ -183,7 +183,7 @@ def _client(address: str) -> "JobSubmissionClient":
 
     try:
         return _ask(lambda: JobSubmissionClient(address))
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise BadInput(f"--address {address}: no job server answers there: {error}") from error
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf.config import RunConfig
 from rlhf.generation.engine import EngineSpec, VersionedGenerator, longest_sequence
+from rlhf.generation.tensor_parallel import check_engine
 from rlhf.models.resolve import resolve
 
 # Largest difference at the probe between engine and learner, in nats, where the run file gives none. Seen on SmolLM2:
@@ -13,7 +14,7 @@ from rlhf.models.resolve import resolve
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 
 
-def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
+def engine_spec(config: RunConfig, name: str, model: Path, tensor_parallel: int) -> EngineSpec:
     """The plain values that an engine of this run is built from; `name` is how messages call it."""
     generation = config.generation
     assert generation is not None  # the settings refuse a run that samples without it
@@ -34,21 +35,26 @@ def engine_spec(config: RunConfig, name: str, model: Path) -> EngineSpec:
         probe_tolerance=generation.probe_tolerance or PROBE_TOLERANCE[dtype],
         mid_sequence=generation.weights_mid_sequence,
         sleeps=False,
+        tensor_parallel=tensor_parallel,
     )
 
 
-def build_generator(config: RunConfig, name: str) -> VersionedGenerator:
-    """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version."""
-    return _build(config, engine_spec(config, name, resolve(config.model.name)))
+def build_generator(config: RunConfig, name: str, tensor_parallel: int) -> VersionedGenerator:
+    """The engine named by generation.engine, not yet set up: call `setup`, then `load` a published version.
+
+    Raises BadInput where that engine computes in one process and tensor_parallel is more."""
+    return _build(config, engine_spec(config, name, resolve(config.model.name), tensor_parallel))
 
 
-def build_sleeper(config: RunConfig, name: str) -> VersionedGenerator:
+def build_sleeper(config: RunConfig, name: str, tensor_parallel: int) -> VersionedGenerator:
     """The same for an engine that takes turns on its GPU, and can `sleep`."""
-    return _build(config, replace(engine_spec(config, name, resolve(config.model.name)), sleeps=True))
+    spec = engine_spec(config, name, resolve(config.model.name), tensor_parallel)
+    return _build(config, replace(spec, sleeps=True))
 
 
 def _build(config: RunConfig, spec: EngineSpec) -> VersionedGenerator:
     assert config.generation is not None  # the settings refuse a run that samples without it
+    check_engine(config.generation.engine, spec.tensor_parallel)
     if config.generation.engine == "vllm":
         from rlhf.generation.vllm_engine import VllmGenerator
 

@@ -35,7 +35,7 @@ class EngineSpec:
 
     `probe_tolerance` is the largest log-prob difference at the weight probe, in nats. `max_sequence_tokens` bounds a
     prompt with its completion. `mid_sequence`: a version may be taken while samples are in flight. `sleeps`: it takes
-    turns on its GPU.
+    turns on its GPU. `tensor_parallel`: processes that share each layer.
     """
 
     name: str
@@ -51,6 +51,7 @@ class EngineSpec:
     probe_tolerance: float
     mid_sequence: bool
     sleeps: bool
+    tensor_parallel: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,14 @@
 """Sampling with vLLM inside this process: token ids in, token ids and log-probabilities out.
 
-Text is never tokenised here and ids are never decoded and encoded again. On a CPU vLLM repacks the linear layers once
-they are loaded, and an update leaves a tied output head with its old packed values; `refresh_output_heads` packs it
-again, and the probe of every load proves that it did.
+Text is never tokenised here and ids are never decoded and encoded again. With tensor parallelism the layers are in
+processes of their own, which vLLM starts; what schedules and counts stays here.
 """
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,9 +16,10 @@ import psutil
 import torch
 
 from rlhf.colocation import no_sleep
-from rlhf.errors import BadInput, RunFailed
+from rlhf.errors import BadInput, EngineLost, RunFailed
 from rlhf.experience import Floats, Ids, Prompt, Sampling
 from rlhf.generation.engine import Draw, StepwiseGroups, VersionedGenerator
+from rlhf.generation.vllm_weights import RANK_EXTENSION, shared, silenced, take
 from rlhf.weights import Weights
 
 if TYPE_CHECKING:
@@ -34,14 +34,20 @@ TOKENS_PER_STEP = 4096  # of prompts that are read in one step of the engine, on
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: starts in seconds, dies with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are counted by OMP_NUM_THREADS and pinned to no core
-    "GLOO_SOCKET_IFNAME": "lo",  # one process: nobody else is to find its process group
+    "GLOO_SOCKET_IFNAME": "lo",  # one process, or several on one node: nobody else is to find its process group
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at a start are a dozen lines that call for nothing
 }
 
+RANKS_ENVIRONMENT = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads, Ray's or CUDA's, may hang
+}
+
 
 class VllmGenerator(VersionedGenerator):
-    """A rollout engine on vLLM, CPU or GPU, one process. Decoder-only models only: vLLM has no T5.
+    """A rollout engine on vLLM, CPU or GPU: in this process, or with a share of each layer in each of
+    `tensor_parallel` processes. Decoder-only models only: vLLM has no T5.
 
     All prompts of a call are in flight together; a sample's tokens come from its own seed, whatever runs beside it.
     """
@@ -49,15 +55,18 @@ class VllmGenerator(VersionedGenerator):
     _llm: "LLM"
 
     def _start(self) -> None:
-        for name, value in ENVIRONMENT.items():
+        self._ranks = self._spec.tensor_parallel
+        for name, value in {**ENVIRONMENT, **(RANKS_ENVIRONMENT if self._ranks > 1 else {})}.items():
             os.environ.setdefault(name, value)
         self._cpu = not torch.cuda.is_available()
         if self._spec.sleeps and self._cpu:
             raise BadInput(no_sleep(f"{self._spec.name}, on a machine without a GPU"))
+        if self._ranks > 1:
+            resource_tracker.ensure_running()  # the interpreter's own process, not the engine's; it ends with this one
         self._children_before = {child.pid for child in psutil.Process().children(recursive=True)}
         spec = self._spec
         # On a CPU vLLM compiles for up to a minute at each start (its own cache fails to load) for 3 % of speed: eager.
-        with thread_setting_kept():
+        with thread_setting_kept(), threads_passed_on() if self._ranks > 1 else nullcontext():
             from vllm import LLM
 
             self._llm = LLM(
@@ -69,20 +78,24 @@ class VllmGenerator(VersionedGenerator):
                 max_num_seqs=spec.max_sequences + spec.mid_sequence,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
-                distributed_executor_backend="uni",
+                distributed_executor_backend="uni" if self._ranks == 1 else "mp",
+                tensor_parallel_size=self._ranks,
+                worker_extension_cls=RANK_EXTENSION if self._ranks > 1 else "",
                 enforce_eager=self._cpu,
                 # A step ahead of its outputs, it would sample tokens of which nobody could say by which weights.
                 async_scheduling=False if spec.mid_sequence else None,
                 # A prompt that is read in parts makes vLLM wind its sample's generator back, which a CPU's cannot do.
                 enable_chunked_prefill=False if self._cpu else None,
                 max_num_batched_tokens=max(TOKENS_PER_STEP, spec.max_sequence_tokens) if self._cpu else None,
-                kv_cache_memory_bytes=int(spec.cache_gib * GIB) if self._cpu else None,
+                kv_cache_memory_bytes=int(spec.cache_gib * GIB / self._ranks) if self._cpu else None,
                 gpu_memory_utilization=spec.gpu_memory_fraction,
                 enable_sleep_mode=spec.sleeps,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
         self._engine = self._llm.llm_engine
+        if self._ranks > 1:
+            self._ask_ranks("begin_rank", os.getpid())
         self._requests = 0
         self._salt = ""
         self._stamps: dict[str, list[int]] = {}  # the version of each token so far, by request
@@ -115,21 +128,39 @@ class VllmGenerator(VersionedGenerator):
         self._engine.wake_up(tags=["kv_cache"])
 
     def _take(self, weights: Weights) -> None:
-        runner = self._engine.model_executor.driver_worker.worker.model_runner
-        tensors = ((name, tensor.unpack()) for name, tensor in weights.tensors.items())
-        if self._cpu:
-            # Said of rotary tables, which are computed, and of a tied head, which is packed again below and probed.
-            with silenced("vllm.model_executor.model_loader.reload.layerwise", ": Failed to load weights"):
-                runner.reload_weights(weights_iterator=tensors)
-            refresh_output_heads(runner.get_model())
+        if self._ranks > 1:
+            with shared(weights) as tensors:
+                self._ask_ranks("take_shared", tensors)
         else:
-            runner.get_model().load_weights(tensors)
+            runner = self._engine.model_executor.driver_worker.worker.model_runner
+            own = ((name, tensor.unpack()) for name, tensor in weights.tensors.items())
+            take(runner, own, on_cpu=self._cpu)
         # Blocks of samples in flight cannot be dropped: a new salt keeps later requests from reading them.
         self._salt = f"{weights.life}/{weights.version}"
         if not self._sampling and not self._engine.reset_prefix_cache():
             raise RunFailed(
                 f"{self._spec.name}: vLLM would not drop its prefix cache, which holds values of the old weights"
             )
+
+    def _ask_ranks(self, method: str, argument: Any) -> None:
+        """Calls a method of `RankExtension` in every process of the engine, and waits for all of them."""
+        with self._whole():
+            self._engine.collective_rpc(method, args=(argument,), kwargs={"on_cpu": self._cpu})
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Raises EngineLost for whatever vLLM raises once one of its processes has died."""
+        try:
+            yield
+        except Exception as error:
+            if self._ranks > 1 and self._has_lost_a_rank():
+                raise EngineLost(f"{self._spec.name}: one of its {self._ranks} processes has died") from error
+            raise
+
+    def _has_lost_a_rank(self) -> bool:
+        """Also where another rank has complained before vLLM noticed the death."""
+        executor = self._engine.model_executor
+        return executor.is_failed or not all(worker.proc.is_alive() for worker in executor.workers)
 
     def _probe(self, token_ids: Ids) -> Floats:
         from vllm import SamplingParams
@@ -203,7 +234,7 @@ class VllmGenerator(VersionedGenerator):
         if not self._engine.has_unfinished_requests():
             raise RunFailed(f"{self._spec.name}: vLLM has lost the requests {sorted(self._stamps)[:4]}")
         # vLLM compiles a counting helper at its first use, ten seconds of C++ on a CPU for no gain.
-        with torch.compiler.set_stance("force_eager" if self._cpu else "default"):
+        with self._whole(), torch.compiler.set_stance("force_eager" if self._cpu else "default"):
             outputs = cast("list[RequestOutput]", self._engine.step())
         for output in outputs:
             stamps = self._stamps[output.request_id]
@@ -224,20 +255,6 @@ def read_draw(output: "RequestOutput", index: int, seed: int, versions: Sequence
     return Draw(index, ids, logprobs, seed, versions)
 
 
-def refresh_output_heads(model: torch.nn.Module) -> None:
-    """Packs the weights of every output head again, from the tensor that it shares with the embedding where it is tied.
-
-    A reload repacks only layers that were themselves loaded. A tied head was not: it would go on multiplying with the
-    values of the former version, and nothing in vLLM says so.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
 @contextmanager
 def thread_setting_kept() -> Iterator[None]:
     """Undoes what vLLM's CPU worker does to the whole process: `torch.set_num_threads` becomes a warning."""
@@ -250,15 +267,15 @@ def thread_setting_kept() -> Iterator[None]:
 
 
 @contextmanager
-def silenced(logger_name: str, text: str) -> Iterator[None]:
-    """Hides the messages of one logger that contain a text, for warnings that are known to be unfounded here."""
-    logger = logging.getLogger(logger_name)
-
-    def keep(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    logger.addFilter(keep)
+def threads_passed_on() -> Iterator[None]:
+    """Has the processes that are started meanwhile compute with as many threads as this one. Where nothing says how
+    many, vLLM would take all cores for each of them, and leave this process one."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before

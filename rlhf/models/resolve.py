@@ -209,8 +209,14 @@ def _cached(entry: str, build: Callable[[Path], None]) -> Path:
     final = cache_root() / entry
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{entry}-", dir=final.parent))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{entry}-", dir=final.parent))
+    except OSError as error:
+        raise BadInput(
+            f"{final.parent}: built models are kept there, and it cannot be written: {error.strerror}. Next: set "
+            "RLHF_CACHE to a folder of yours"
+        ) from error
     try:
         build(beside)
         beside.chmod(0o755)

@@ -62,10 +62,13 @@ def _gpus(peaks: Sequence[Peak], memory: float, name: str) -> Iterator[str]:
     """Whole GPUs hold one actor each; actors with parts of one stand together on as few as their parts allow."""
     for peak in peaks:
         if peak.placed.settings.gpus and peak.device > memory:
-            yield (
-                f"{peak.placed.role}: {_gib(peak.device)} on the GPU, a {name} has {_gib(memory)}; more ranks with "
-                "ZeRO 2 or 3, a smaller learner.tokens_per_microbatch, model.gradient_checkpointing or model.lora"
+            remedy = (
+                "more ranks with ZeRO 2 or 3, a smaller learner.tokens_per_microbatch, model.gradient_checkpointing or "
+                "model.lora"
             )
+            if peak.placed.role == "rollout":
+                remedy = "a larger rollout.tensor_parallel, or a smaller model"
+            yield f"{peak.placed.role}: {_gib(peak.device)} on the GPU, a {name} has {_gib(memory)}; {remedy}"
     parts = [peak for peak in peaks if 0 < peak.placed.settings.gpus < 1]
     count = math.ceil(sum(peak.placed.settings.gpus * peak.placed.replicas for peak in parts) - 1e-9)
     together = sum(peak.device * peak.placed.replicas for peak in parts)

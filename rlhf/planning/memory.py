@@ -236,30 +236,54 @@ def cache_bytes(shape: Shape, dtype: Dtype) -> int:
     return WIDTH[dtype] * shape.cached_values
 
 
-def vllm_parts(
-    shape: Shape, generation: GenerationConfig, dtype: Dtype, published: float, sequence: int, memory: float | None
-) -> list[Part]:
-    """An engine of vLLM. published, bytes of a version; sequence, the longest one in tokens; memory, of its GPU; None
-    on a CPU, where a tied head is packed beside the embedding and the cache is as large as it is said to be.
+def cache_bytes_of_process(shape: Shape, dtype: Dtype, processes: int) -> float:
+    """The same in each of the processes that share a layer by its heads: a head of keys and values is in one of them,
+    or in several where there are fewer heads than processes."""
+    return cache_bytes(shape, dtype) / min(processes, shape.key_value_heads)
 
-    On a GPU vLLM takes gpu_memory_fraction of it, and what weights and passes leave is cache.
+
+def vllm_parts(
+    shape: Shape,
+    generation: GenerationConfig,
+    dtype: Dtype,
+    published: float,
+    sequence: int,
+    memory: float | None,
+    processes: int,
+) -> list[Part]:
+    """An engine of vLLM. published, bytes of a version; sequence, the longest one in tokens; processes, that share each
+    layer; memory, of the GPU of one: what is on the device is then that of one process. None on a CPU: all of them
+    together, where a tied head is packed beside the embedding and the cache is as large as it is said to be.
+
+    On a GPU vLLM takes gpu_memory_fraction of it, and what weights and passes leave is cache. Matrices, embeddings and
+    heads are divided, hidden states and logits are whole in each process.
     """
     width = WIDTH[dtype]
-    weights = width * shape.parameters
+    weights = width * shape.parameters / processes
     batched = max(PROMPT_TOKENS_PER_STEP, sequence)
-    layer = 3 * shape.hidden + 2 * (shape.attention + shape.key_value) + (3 if shape.gated else 2) * shape.intermediate
+    divided = 2 * (shape.attention + shape.key_value) + (3 if shape.gated else 2) * shape.intermediate
+    layer = 3 * shape.hidden + divided / processes
     logits = generation.max_sequences * shape.vocabulary * SAMPLER_BYTES
-    passes = Part("activations and logits", LAYERS_KEPT * batched * layer * width + logits, "held", "device")
-    held = [Part("weights", weights, "held", "device"), passes]
+    passes = LAYERS_KEPT * batched * layer * width + logits
+    place: Where = "device" if memory is None else "host"
+    received = [Part("received copy", published, "load", place)]
+    if processes > 1:
+        received.append(Part("copy that its processes read", published, "load", place))
     if memory is not None:
-        cache = max(0.0, generation.gpu_memory_fraction * memory - weights - passes.size)
-        return [*held, Part("KV cache", cache, "held", "device"), Part("received copy", published, "load", "host")]
+        cache = max(0.0, generation.gpu_memory_fraction * memory - weights - passes)
+        return [
+            Part("weights", weights, "held", "device"),
+            Part("activations and logits", passes, "held", "device"),
+            Part("KV cache", cache, "held", "device"),
+            *received,
+        ]
     packed = width * shape.embedding if shape.tied else 0
     return [
-        *held,
+        Part("weights", weights * processes, "held", "device"),
+        Part("activations and logits", passes * processes, "held", "device"),
         Part("packed head", packed, "held", "device"),
         Part("KV cache", generation.cache_gib * GIB, "held", "device"),
-        Part("received copy", published, "load", "device"),
+        *received,
         Part("embedding, loaded and packed anew", 2 * width * shape.embedding, "load", "device"),
     ]
 

@@ -12,14 +12,16 @@ from rlhf.passes import needs_reference
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A role of the run. needed, the actors without which it does not start; takes, of each, by Ray's resource names;
-    together, how Ray places actors that compute together (pack, spread, strict_pack), None where each is by itself;
-    shares_with, the roles on the same GPUs (colocation of the cluster file)."""
+    threads, of each of its processes; together, how Ray places actors that compute together (pack, spread,
+    strict_pack), None where each is by itself; shares_with, the roles on the same GPUs (colocation of the cluster
+    file)."""
 
     role: str
     replicas: int
     needed: int
     takes: Mapping[str, float]
     threads: int
+    processes: int
     together: str | None
     shares_with: tuple[str, ...]
     settings: Role
@@ -44,8 +46,9 @@ def placed_roles(config: RunConfig, cluster: Cluster) -> tuple[Placed, ...]:
             role=name,
             replicas=role.replicas,
             needed=role.needed,
-            takes=_takes(role),
+            takes=role.takes,
             threads=cluster.threads_of(role),
+            processes=role.processes,
             together=role.placement if isinstance(role, Ranks) else None,
             shares_with=tuple(other for other in groups.get(name, ()) if other != name),
             settings=role,
@@ -67,7 +70,3 @@ def demand_of(roles: tuple[Placed, ...], *, least: bool) -> dict[str, float]:
             part = amount / len(group) if name == "GPU" else amount  # a GPU of the group is counted once
             demand[name] = demand.get(name, 0.0) + part * count
     return demand
-
-
-def _takes(role: Role) -> dict[str, float]:
-    return {name: amount for name, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items() if amount}

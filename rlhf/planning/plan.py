@@ -4,7 +4,7 @@ Pure: reading files, measuring this machine and printing are the caller's (`rlhf
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf.cluster import LEARNING, Cluster, Role
@@ -53,6 +53,15 @@ class Given:
         return self.machine.cpu(self.cluster.threads_of(role))
 
     @property
+    def engine_device(self) -> Device:
+        """What a whole rollout engine computes with: n GPUs, or the cores of its n processes, which read one memory."""
+        role = self.cluster.rollout
+        if not role.gpus or self.gpu is None:
+            return self.machine.cpu(self.cluster.threads_of(role) * role.processes)
+        flops = {dtype: role.processes * flops for dtype, flops in self.gpu.flops.items()}
+        return replace(self.gpu, flops=flops, bytes_per_s=role.processes * self.gpu.bytes_per_s)
+
+    @property
     def sampler_dtype(self) -> Dtype:
         generation = self.config.generation
         return (generation.dtype if generation is not None else None) or self.config.learner.dtype
@@ -62,10 +71,12 @@ class Given:
 class RoleMemory:
     """One actor of a role: bytes of each part, and its peaks on its device and in the host's memory.
 
-    On a CPU the two are one: device_peak is 0."""
+    On a CPU the two are one: device_peak is 0. With several processes on GPUs of their own, the device is that of one
+    of them."""
 
     role: str
     replicas: int
+    processes: int
     device: str
     parts: tuple[Part, ...]
     device_peak: float
@@ -147,12 +158,14 @@ def _memory_of(given: Given, placed: Placed) -> RoleMemory:
         parts.append(memory.kept_away(parts))
     device = memory.peak(parts, "device") if on_gpu else 0.0
     host = memory.peak(parts, "host" if on_gpu else None)
-    return RoleMemory(placed.role, placed.replicas, given.device_of(placed.settings).name, tuple(parts), device, host)
+    name = given.device_of(placed.settings).name
+    return RoleMemory(placed.role, placed.replicas, placed.processes, name, tuple(parts), device, host)
 
 
 def _libraries(given: Given, placed: Placed) -> float:
     if placed.role == "rollout" and given.config.generation is not None:
-        return memory.LIBRARIES[given.config.generation.engine]
+        processes = placed.processes + (placed.processes > 1)  # the one that schedules, and those that compute
+        return processes * memory.LIBRARIES[given.config.generation.engine]
     if placed.role in ("trainer", "critic"):
         return memory.LIBRARIES[given.config.learner.engine]
     loads_torch = placed.role == "reference" or (placed.role == "reward" and given.models.judges)
@@ -204,7 +217,8 @@ def _engine_parts(given: Given, gpu: Device | None) -> list[Part]:
         samples = config.algorithm.samples_per_prompt
         return memory.transformers_parts(shape, given.sampler_dtype, samples, sequence, published)
     sequence = given.lengths.prompt + given.lengths.longest
-    return memory.vllm_parts(shape, generation, given.sampler_dtype, published, sequence, gpu.memory if gpu else None)
+    size, processes = gpu.memory if gpu else None, given.cluster.rollout.processes
+    return memory.vllm_parts(shape, generation, given.sampler_dtype, published, sequence, size, processes)
 
 
 def _predictions(lengths: Lengths, tokens: int) -> int:
@@ -283,7 +297,7 @@ def _decoding(given: Given, arithmetic: Batches) -> times.Decoding | None:
     generation, shape = config.generation, given.models.policy
     if generation is None:
         return None
-    device, dtype = given.device_of(cluster.rollout), given.sampler_dtype
+    device, dtype = given.engine_device, given.sampler_dtype
     prompts = -(-arithmetic.prompts_per_step // cluster.rollout.replicas)
     samples = prompts * config.algorithm.samples_per_prompt
     if generation.engine == "transformers":
@@ -299,9 +313,12 @@ def cached_sequences(given: Given, device: Device) -> int:
     generation, shape = given.config.generation, given.models.policy
     assert generation is not None  # asked of a run with engines
     sequence = given.lengths.prompt + given.lengths.longest
-    parts = memory.vllm_parts(shape, generation, given.sampler_dtype, 0.0, sequence, device.memory)
+    processes = given.cluster.rollout.processes
+    parts = memory.vllm_parts(shape, generation, given.sampler_dtype, 0.0, sequence, device.memory, processes)
     cache = sum(part.size for part in parts if part.name == "KV cache")
-    return int(cache // (sequence * memory.cache_bytes(shape, given.sampler_dtype)))
+    if device.memory is None:
+        cache /= processes
+    return int(cache // (sequence * memory.cache_bytes_of_process(shape, given.sampler_dtype, processes)))
 
 
 def _cache_problem(given: Given) -> list[str]:
@@ -312,7 +329,7 @@ def _cache_problem(given: Given) -> list[str]:
     device = given.device_of(given.cluster.rollout)
     if cached_sequences(given, device) > 0:
         return []
-    key = "gpu_memory_fraction" if device.memory is not None else "cache_gib"
+    key = "gpu_memory_fraction or rollout.tensor_parallel" if device.memory is not None else "cache_gib"
     return [
         f"rollout: vLLM's cache cannot hold one sequence of {given.lengths.prompt + given.lengths.longest} tokens "
         f"beside the weights; raise generation.{key}"
@@ -363,4 +380,5 @@ def _sync_seconds(given: Given) -> float:
     if given.config.generation is None:
         return pack
     sent = 0.0 if given.network is None else size * engines / given.network
-    return 2 * pack + sent
+    shared = 2 * size / machine.bytes_per_s if given.cluster.rollout.processes > 1 else 0.0
+    return 2 * pack + shared + sent

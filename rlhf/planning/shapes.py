@@ -80,6 +80,11 @@ class Shape:
         return self.parameters - encoder - (0 if self.tied else self.embedding)
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values in a layer, each as wide as one of the queries'."""
+        return self.key_value * self.heads // self.attention
+
+    @property
     def cached_values(self) -> int:
         """Numbers that a token leaves in the KV cache: keys and values of each layer of the decoder."""
         return 2 * self.layers * self.key_value
@@ -160,9 +165,14 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     if config.get("num_local_experts") or config.get("num_experts"):
         raise BadInput(f"{where}: a mixture of experts, which `rlhf plan` cannot count; it knows dense models")
     try:
-        return count(config)
+        shape = count(config)
     except KeyError as error:
         raise BadInput(f"{where}: key {error} is missing; expected a whole config.json of a {family}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"{where}: a size in config.json is no number that fits the others: {error}") from error
+    if shape.parameters <= 0 or shape.cached_values < 0:
+        raise BadInput(f"{where}: config.json makes {shape.parameters} parameters; expected sizes above 0")
+    return shape
 
 
 def _llama_like(
