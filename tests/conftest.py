@@ -1,5 +1,6 @@
 """What several tests share. Tests cannot import each other: add a fixture here, or a fake to rlhf/testing.py."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -219,13 +220,17 @@ def forked() -> Iterator[Callable[..., tuple[int, str]]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert server.stdin is not None and server.stdout is not None
+    asked = itertools.count()
 
     def run(folder: Path, *arguments: str, clock_jumps: bool = False) -> tuple[int, str]:
         assert server.stdin is not None and server.stdout is not None
-        request = {"folder": str(folder), "arguments": arguments, "clock_jumps": clock_jumps}
+        number = next(asked)
+        request = {"number": number, "folder": str(folder), "arguments": arguments, "clock_jumps": clock_jumps}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
+        # A test that ran out of time has left its answer unread.
+        while (answer := json.loads(server.stdout.readline()))["number"] != number:
+            pass
         return answer["code"], answer["printed"]
 
     yield run

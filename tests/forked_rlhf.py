@@ -47,7 +47,8 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             os._exit(code)
         _, status = os.waitpid(child, 0)
         printed.seek(0)
-        return {"code": os.waitstatus_to_exitcode(status), "printed": printed.read().decode(errors="replace")}
+        code, text = os.waitstatus_to_exitcode(status), printed.read().decode(errors="replace")
+        return {"number": request["number"], "code": code, "printed": text}
 
 
 if __name__ == "__main__":

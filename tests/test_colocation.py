@@ -606,7 +606,7 @@ def test_in_one_process_runs_that_take_turns_stop_resume_and_evaluate_as_others_
     rows = [
         [json.loads(line) for line in (d / "evaluations.jsonl").read_text().splitlines()] for d in (together, apart)
     ]
-    assert rows[0][-1]["reward"] == rows[1][-1]["reward"]
+    assert rows[0][-1] == rows[1][-1]
 
 
 def test_a_task_that_was_not_begun_is_kept_by_an_engine_that_sleeps() -> None:
