@@ -85,7 +85,7 @@ def test_a_full_disk_is_no_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="Permission denied"), names_a_full_disk(proc), writing("--run-dir", proc):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     with pytest.raises(DiskFull), names_a_full_disk(proc):
-        raise ValueError("a library's own words")
+        raise ValueError("a library's own words") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_variable_that_would_replace_a_key(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.errors import BadInput, RunFailed
+from rlhf.errors import RunFailed
 
 # What the system, SQLite and the writers of tensors say. Some say nothing of the kind: then the free space tells.
 SAID = ("No space left on device", "database or disk is full", "Disk quota exceeded")
@@ -21,13 +21,14 @@ def names_a_full_disk(run_dir: Path) -> Iterator[None]:
     """Whatever fails in this block because nothing more can be written fails with DiskFull, which says so."""
     try:
         yield
-    except (DiskFull, BadInput):
+    except DiskFull:
         raise
     except Exception as error:
         place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(place).free
-        causes = _chain(error)
-        if free >= FULL_BELOW and not any(said in str(cause) for cause in causes for said in SAID):
+        disk = shutil.disk_usage(place)
+        free, causes = disk.free, _chain(error)
+        full = disk.total > 0 and free < FULL_BELOW  # /proc has no size at all
+        if not full and not any(said in str(cause) for cause in causes for said in SAID):
             raise
         first = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
         raise DiskFull(
