@@ -333,7 +333,10 @@ def test_a_reward_model_of_t5_is_trained_and_judges_two_rounds_of_rso(
     assert main(["verify", "rounds"]) == 0
 
 
-SAMPLED = {"generation": {"engine": "transformers", "max_new_tokens": 4}, "reward": {"function": "builtins:len"}}
+SAMPLED = {
+    "generation": {"engine": "transformers", "max_new_tokens": 4},
+    "reward": {"function": "reward.py:nothing", "isolate": False},
+}
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,7 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(
     rlhf: Callable[..., tuple[int, str]], content: dict[str, Any], changes: dict[str, Any], named: str
 ) -> None:
     Path("texts.jsonl").write_text(json.dumps({"text": "a whole text"}) + "\n")
+    Path("reward.py").write_text("def nothing(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
     content |= changes
     code, shown = rlhf("refused")
     assert code == 2 and named in shown
