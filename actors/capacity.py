@@ -26,11 +26,11 @@ class Asked:
 
     def describe(self) -> str:
         together = f", placed together ({self.role.placement})" if isinstance(self.role, Ranks) else ""
-        return f"{self.count} x {self.name} ({in_words(taken_by(self.role))}{together})"
+        return f"{self.count} x {self.name} ({in_words(self.role.takes)}{together})"
 
     def pieces(self) -> Iterator[tuple[Amounts, int]]:
         """What must be on one node, and how many actors that is."""
-        each = taken_by(self.role)
+        each = self.role.takes
         if self.on_one_node:
             yield {name: amount * self.count for name, amount in each.items()}, self.count
         else:
@@ -44,11 +44,6 @@ class Node:
     name: str
     has: Amounts
     free: Amounts
-
-
-def taken_by(role: Role) -> dict[str, float]:
-    """What an actor of a role takes."""
-    return role.takes
 
 
 def in_words(amounts: Amounts) -> str:

@@ -16,7 +16,7 @@ from rlhf.errors import BadInput
 
 REACH_S = 15.0  # a head that is started at the same moment may take some seconds to listen
 JOIN_S = 60.0  # a head that listens may not know its own node yet; so long no error but a wrong token is final
-POLL_S = 0.5
+POLL_S = 0.5  # between two tries: nothing tells that a port on another machine has begun to listen
 # How often Ray tries a head that listens and does not answer, each time for some forty seconds: twenty times by itself.
 TRIES = {"RAY_gcs_server_port_wait_time_s": "2"}
 REMEDY = "Next: start Ray there (`ray start --head` prints the address), or set address in the cluster file"
@@ -26,7 +26,8 @@ def reach(address: str, timeout_s: float) -> None:
     """Raises BadInput unless something listens at an address of a cluster file, `auto` or host:port, within timeout_s.
 
     Whether it is a Ray, and lets this run join, is seen when it is joined."""
-    os.environ.update({name: value for name, value in TRIES.items() if name not in os.environ})
+    for name, value in TRIES.items():
+        os.environ.setdefault(name, value)
     if address.startswith("ray://"):
         raise BadInput(
             f"cluster file: address={address}: that is Ray Client, which has no places of its own. Expected host:port "

@@ -12,7 +12,7 @@ from actors.placement import RankPlaces
 
 LOOK_EVERY_S = 1.0
 PATIENCE_S = 5.0  # Ray gives a free place within one; a node that has yet to come is not waited for
-POLL_S = 0.1
+POLL_S = 0.1  # between two looks at the table of places: Ray calls nobody when it has found one
 
 
 class Notices:

@@ -23,7 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.capacity import Asked, Node, in_words, missing, rank_order, report, taken_by, total
+from actors.capacity import Asked, Node, in_words, missing, rank_order, report, total
 from actors.joining import JOIN_S, REACH_S, join, reach
 from actors.keeper import Keeper
 from rlhf.chaos.points import ROLE_VARIABLE, RUN_VARIABLE
@@ -63,7 +63,7 @@ def started(cluster: Cluster, roles: Mapping[str, Role]) -> Iterator[None]:
         with _joined(cluster.address):
             yield
         return
-    demand = total([taken_by(role) for role in roles.values() for _ in range(role.replicas)])
+    demand = total([role.takes for role in roles.values() for _ in range(role.replicas)])
     settings = {
         "address": "local",
         "num_cpus": cluster.cpus or math.ceil(demand.get("CPU", 1.0)),
@@ -165,7 +165,7 @@ class RankPlaces:
         self._sought = 0  # places of `_elsewhere`
 
     def _reserve(self, count: int) -> PlacementGroup:
-        return placement_group([taken_by(self._role)] * count, strategy=self._role.placement.upper())
+        return placement_group([self._role.takes] * count, strategy=self._role.placement.upper())
 
     def placed(self) -> int:
         """How many ranks have a place on a node that is up."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from actors import placement
-from actors.capacity import in_words, taken_by
+from actors.capacity import in_words
 from actors.worker import PoolSpec, Worker
 from rlhf.errors import NoCapacity
 
@@ -35,7 +35,7 @@ class Shortage:
         if now - self._last_placed > self._spec.placement_timeout_s:
             raise NoCapacity(
                 f"{self._spec.role}: too few workers have found a place for {now - self._last_placed:.0f} s; each "
-                f"asks for {in_words(taken_by(self._spec.resources))}; the cluster has {placement.supply()}. The same "
+                f"asks for {in_words(self._spec.resources.takes)}; the cluster has {placement.supply()}. The same "
                 "command goes on with the run"
             )
         if now - self._told < NOTE_EVERY_S:

@@ -58,23 +58,23 @@ class Turns:
     def samplers(self) -> None:
         """From here on the GPUs are the samplers'."""
         if self._whose != "samplers":
-            self._whose = None
-            self._learner.offload()
-            for sampler in self._samplers:
-                sampler.wake()
+            self._hand_over(self._samplers)
             self._whose = "samplers"
 
     def new_weights(self, rollouts: SleepingWorkers, published: Published) -> "list[Receipt]":
         """The samplers' turn, which begins with new weights for the engines."""
         if self._whose != "samplers":
-            self._whose = None
-            self._learner.offload()
-            for sampler in self._samplers:
-                if sampler is not rollouts:
-                    sampler.wake()
+            self._hand_over([sampler for sampler in self._samplers if sampler is not rollouts])
         receipts = rollouts.load(published)
         self._whose = "samplers"
         return receipts
+
+    def _hand_over(self, woken: Sequence[SleepingWorkers]) -> None:
+        """From the learner to the samplers, of which those that `load` wakes by itself are left asleep."""
+        self._whose = None
+        self._learner.offload()
+        for sampler in woken:
+            sampler.wake()
 
 
 class TurnTakingLearner:

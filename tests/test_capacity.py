@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from actors.capacity import Asked, Node, fitting, holds, missing, rank_order, report, taken_by
+from actors.capacity import Asked, Node, fitting, holds, missing, rank_order, report
 from rlhf.cluster import Ranks, Role
 
 
@@ -94,6 +94,6 @@ def test_ranks_stay_on_their_nodes_and_new_ones_are_in_the_order_of_addresses() 
 
 
 def test_nothing_is_taken_by_a_role_that_asks_for_nothing() -> None:
-    assert taken_by(Role(cpus=0, resources={"spot": 0})) == {}
+    assert Role(cpus=0, resources={"spot": 0}).takes == {}
     with pytest.raises(ValueError, match="asks for nothing"):
         Ranks(cpus=0, resources={"spot": 0})

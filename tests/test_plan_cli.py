@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.capacity import taken_by, total
+from actors.capacity import total
 from rlhf.blueprint import draw
 from rlhf.cli import plan as command
 from rlhf.cli.main import main
@@ -129,7 +129,7 @@ def test_demand_is_what_the_actors_ask_for() -> None:
     run = load_run(ROOT / "configs/ppo_tiny.yaml", [])
     for file in CLUSTERS:
         roles = load_cluster(file, [])
-        asked = [taken_by(role) for role in places_of(roles, roles.roles).values() for _ in range(role.replicas)]
+        asked = [role.takes for role in places_of(roles, roles.roles).values() for _ in range(role.replicas)]
         assert demand_of(placed_roles(run, roles), least=False) == pytest.approx(total(asked))
     by_turns = load_cluster(ROOT / "clusters/eight_gpu_colocated.yaml", [])
     assert demand_of(placed_roles(run, by_turns), least=True)["GPU"] == 8

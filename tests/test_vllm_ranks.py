@@ -163,6 +163,7 @@ def test_a_head_that_one_process_does_not_pack_again_is_caught(running: Setting,
     def leave_the_head() -> None:
         from rlhf.generation import vllm_weights
 
+        # Kept in the module, which is all that lives on in the rank's process between two calls.
         vllm_weights.packed_again = vllm_weights.refresh_output_heads  # type: ignore[attr-defined]
         vllm_weights.refresh_output_heads = lambda model: None
 

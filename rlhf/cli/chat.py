@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from rlhf.cli.before_after import printable
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.export import newest_policy
 from rlhf.cli.run_directory import CONFIG_FILE
 from rlhf.config import ModelConfig
+from rlhf.data.conversations import written_by_template
 from rlhf.errors import BadInput
 from rlhf.models.resolve import check_model, resolve
 from rlhf.models.score_head import check_language_model
@@ -78,10 +77,7 @@ def reply(
         text = "\n".join(turn["content"] for turn in conversation) + "\n"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
-        try:
-            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise BadInput(f"{PLACE}: the model's chat template refuses this conversation: {error}") from error
+        text = written_by_template(conversation, tokenizer, PLACE, opening=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():

@@ -4,7 +4,7 @@ The column conventions are those of Hugging Face TRL: a prompt is a string or a 
 another kind (preference, demonstration, plain text) is told so."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -59,16 +59,24 @@ def render(content: Content, record: Record, tokenizer: "PreTrainedTokenizerBase
                 "is set; expected one of the two"
             )
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise BadInput(f"{record.place}: the model's chat template refuses these messages: {error}") from error
-    if not str(text).strip():
+    text = written_by_template(messages, tokenizer, record.place, opening=True)
+    if not text.strip():
         raise BadInput(
             f"{record.place}: the model's chat template writes nothing for {shown(messages)}; expected one that "
             "holds the prompt, or data.chat_template=false"
         )
-    return str(text)
+    return text
+
+
+def written_by_template(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", place: str, *, opening: bool
+) -> str:
+    """The chat template's text of some messages, with the opening of an answer or without. Raises BadInput, with the
+    place, where it refuses them: templates are programs of the models' makers, and fail in their own ways."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise BadInput(f"{place}: the model's chat template refuses these messages: {error}") from error
 
 
 def checked_messages(value: list[Any], where: str) -> list[Message]:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
-from rlhf.data.conversations import Content, Message
+from rlhf.data.conversations import Content, Message, written_by_template
 from rlhf.data.records import Record
 from rlhf.errors import BadInput
 from rlhf.experience import Ids, Mask
@@ -41,13 +40,13 @@ def segments(
     Raises BadInput when the template writes a turn in another way once more turns follow, or refuses the messages: then
     the tokens of a training row would not be those of a conversation with the policy.
     """
-    said = _render(prompt, tokenizer, record, opening=True)
+    said = written_by_template(prompt, tokenizer, record.place, opening=True)
     found: list[Segment] = []
     conversation = list(prompt)
     for number, message in enumerate(answer):
         if message["role"] == "assistant":
-            opened = said if number == 0 else _render(conversation, tokenizer, record, opening=True)
-            closed = _render([*conversation, message], tokenizer, record, opening=False)
+            opened = said if number == 0 else written_by_template(conversation, tokenizer, record.place, opening=True)
+            closed = written_by_template([*conversation, message], tokenizer, record.place, opening=False)
             if not opened.startswith(said) or not closed.startswith(opened):
                 raise BadInput(
                     f"{record.place}: the model's chat template writes a turn otherwise when it is followed by others, "
@@ -109,10 +108,3 @@ def _spoken(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", stop_ids: S
     if ends and not str(tokenizer.decode(tokens[ends[-1] + 1 :], skip_special_tokens=True)).strip():
         return ends[-1] + 1
     return len(tokens)
-
-
-def _render(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", record: Record, *, opening: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise BadInput(f"{record.place}: the model's chat template refuses these messages: {error}") from error

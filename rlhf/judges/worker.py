@@ -167,8 +167,12 @@ def error_text(error: BaseException, own_frames: int) -> str:
         frames = frames.tb_next if frames is not None and frames.tb_next is not None else frames
     told = traceback.TracebackException(type(error), error, frames)
     told.stack = traceback.StackSummary.from_list([f for f in told.stack if not f.filename.startswith(IMPORT_SYSTEM)])
-    # Half a character, which neither JSON's readers nor the ledger take, is shown by its number.
-    return "".join(told.format()).encode("utf-8", "backslashreplace").decode()
+    return _writable("".join(told.format()))
+
+
+def _writable(text: str) -> str:
+    """Half a character, which neither JSON's readers nor the ledger take, is shown by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
@@ -253,7 +257,7 @@ def _answer(function: RewardFunction, request: bytes) -> dict[str, Any]:
     try:
         return {"scores": call(function, *pickle.loads(request))}
     except WrongAnswer as error:
-        return {"wrong": str(error).encode("utf-8", "backslashreplace").decode()}
+        return {"wrong": _writable(str(error))}
     except BaseException as error:  # noqa: BLE001  whatever the user's code raises goes to the parent, with its traceback
         return {"raised": error_text(error, 2)}
 

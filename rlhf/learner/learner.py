@@ -288,7 +288,7 @@ class PolicyLearner:
         for drawn in counted:
             planned = plan(drawn.units, self._world_size, settings.tokens_per_microbatch, packed=settings.packing)
             parts += [self._accumulate(micro, drawn, measure=first_pass) for micro in planned[self._rank]]
-        stepped = optimizer_step(self._engine, self._reach, settings, done, self._config.loop.num_steps)
+        stepped = optimizer_step(self._engine, self._reach, settings, done, self._config.loop.num_steps, "")
         if stepped is None:
             return {"faults/nonfinite_step": metrics.total(1)} if self._rank == 0 else {}
         if self._rank == 0:

@@ -9,7 +9,7 @@ from rlhf.metrics import Metrics
 
 
 def optimizer_step(
-    engine: Engine, reach: GradientReach, settings: LearnerConfig, done: int, updates: int, prefix: str = ""
+    engine: Engine, reach: GradientReach, settings: LearnerConfig, done: int, updates: int, prefix: str
 ) -> Metrics | None:
     """Clips, steps with the rate of the `done`-th optimizer step of a run of so many updates, and checks that gradients
     reach what is trained.
