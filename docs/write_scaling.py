@@ -28,7 +28,7 @@ COST = EngineCost(
     continuous=True,
     load_s=2.0,
 )
-REST = StepCost(update_s=15.0, publish_s=1.0, judge_group_s=0.0)
+REST = StepCost(update_s=15.0, publish_s=1.0, judge_group_s=0.0, annotate_s=0.0, store_s=0.0)
 WORK = Workload(
     groups_per_step=1024,
     samples_per_prompt=8,

@@ -121,6 +121,7 @@ class PolicySource:
             "sync/seconds": metrics.last(time.monotonic() - started),
             "sync/probe_abs_max": metrics.largest(max((r.probe_abs_max for r in receipts), default=0.0)),
             "time/judge_s": metrics.last(self._seconds.pop("judge", 0.0)),
+            "time/store_s": metrics.last(self._seconds.pop("store", 0.0)),
             **self._faults(),
         }
         looking_up_or_sampling = self._seconds.pop("generate", 0.0)
@@ -291,7 +292,7 @@ class PolicySource:
         except HandleLost:
             again(result)
             return
-        self._seconds["examine"] = self._seconds.get("examine", 0.0) + result.seconds
+        self._spent("examine", result.seconds)
         for desk in self._desks:
             if desk.scores_answers:
                 exam.outstanding += 1
@@ -368,8 +369,14 @@ class PolicySource:
             raise RunFailed(
                 f"{result.worker} failed at '{errand.phase}' on prompts {ids}: {result.error}"
             ) from result.error
-        self._seconds[errand.phase] = self._seconds.get(errand.phase, 0.0) + result.seconds
+        self._spent(errand.phase, result.seconds)
+        began = time.monotonic()
         errand.deliver(result)
+        if errand.phase != "evaluate":
+            self._spent("store", time.monotonic() - began)
+
+    def _spent(self, on: str, seconds: float) -> None:
+        self._seconds[on] = self._seconds.get(on, 0.0) + seconds
 
     def _faults(self) -> Metrics:
         """What went wrong, and was made good, since the last call."""

@@ -12,7 +12,7 @@ from rlhf.simulation.pool import StepCost, Workload, longest_bound, simulate
 
 COST = EngineCost(step_s=0.01, sequence_s=0.001, prompt_token_s=0.002, max_sequences=4, continuous=True, load_s=0.5)
 IN_TURN = EngineCost(step_s=0.01, sequence_s=0.001, prompt_token_s=0.002, max_sequences=4, continuous=False, load_s=0.5)
-REST = StepCost(update_s=2.0, publish_s=0.25, judge_group_s=0.0)
+REST = StepCost(update_s=2.0, publish_s=0.25, judge_group_s=0.0, annotate_s=0.0, store_s=0.0)
 LONG_TAIL = Workload(16, 4, 10, 100.0, 1.0, 2000, 7)
 
 
@@ -68,6 +68,21 @@ def test_synchronous_steps_with_an_engine_a_group_take_the_longest_group_and_the
         assert step.step_s == pytest.approx(first_load_s + step.longest_s + rest_s)
         assert step.wait_s == pytest.approx(first_load_s + step.longest_s)
     assert simulate(64, 0, 6, LONG_TAIL, COST, REST, learner_waits=True).mean_step_s == pytest.approx(found.mean_step_s)
+
+
+def test_what_a_judge_the_log_probabilities_and_the_ledger_cost_is_part_of_a_step():
+    """One group a step on one engine: judged for .3 s, stored and its verdict stored for .05 s each, annotated for
+    .7 s. Four groups that are finished at once are stored one after the other, before their last verdict comes."""
+    one, four = (Workload(groups, 4, 10, 100.0, 0.0, 2000, 7) for groups in (1, 4))
+    rest = StepCost(update_s=2.0, publish_s=0.25, judge_group_s=0.3, annotate_s=0.7, store_s=0.05)
+    plain, found = (simulate(1, 0, 6, one, COST, costs, learner_waits=True) for costs in (REST, rest))
+    for before, step in zip(plain.steps, found.steps, strict=True):
+        assert step.step_s == pytest.approx(before.step_s + 0.3 + 0.7 + 2 * 0.05)
+        assert step.wait_s == pytest.approx(before.wait_s + 0.3 + 2 * 0.05)
+    storing = StepCost(update_s=2.0, publish_s=0.25, judge_group_s=0.0, annotate_s=0.0, store_s=0.05)
+    plain, found = (simulate(4, 0, 6, four, COST, costs, learner_waits=True) for costs in (REST, storing))
+    for before, step in zip(plain.steps, found.steps, strict=True):
+        assert step.step_s == pytest.approx(before.step_s + 2 * 4 * 0.05)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2, 4])

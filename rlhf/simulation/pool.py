@@ -23,12 +23,12 @@ from rlhf import metrics
 from rlhf.admission import Demand
 from rlhf.config import LoopConfig
 from rlhf.experience import Prompt, Sampling
-from rlhf.interfaces import Published
+from rlhf.interfaces import Handle, Published
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
 from rlhf.seeding import seed_for
 from rlhf.simulation.engines import EngineCost, Lengths, SimulatedEngines, SimulatedJudge, Timeline, finish_times
-from rlhf.simulation.memory import MemoryBuffer
+from rlhf.simulation.memory import MemoryBuffer, Versioned
 from rlhf.sources import JudgeDesk, PolicySource
 from rlhf.weights import Probe, Weights
 
@@ -60,11 +60,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of the rest of a step: an update, what is between update and the engines' loading, a judged group."""
+    """Seconds of the rest of a step: an update, what is between update and the engines' loading, a judged group, the
+    log-probabilities that are computed before an update, and storing one group or one judgement, in which the run does
+    nothing else."""
 
     update_s: float
     publish_s: float
     judge_group_s: float
+    annotate_s: float
+    store_s: float
 
 
 class SimulatedStep(NamedTuple):
@@ -136,7 +140,8 @@ def simulate_lengths(
     learner_waits: bool,
 ) -> Simulation:
     """The same where the lengths are known (of a run that was measured) instead of drawn."""
-    timeline, buffer = Timeline(), MemoryBuffer(JUDGED)
+    timeline = Timeline()
+    buffer = _TimedBuffer(timeline, rest.store_s)
     pool = SimulatedEngines(timeline, engines, cost, lengths, _SimulatedGroup, learner_waits=learner_waits)
     judge = SimulatedJudge(timeline, rest.judge_group_s, _judged)
     demand = Demand(
@@ -198,6 +203,22 @@ class _Alone(NamedTuple):
         return finish_times(self.cost, [lengths], [self.prompt_tokens])[0]
 
 
+class _TimedBuffer(MemoryBuffer):
+    """Takes its time to store something."""
+
+    def __init__(self, timeline: Timeline, store_s: float) -> None:
+        super().__init__(JUDGED)
+        self._timeline, self._store_s = timeline, store_s
+
+    def add_group(self, prompt_id: int, ticket: int, group: Versioned) -> bool:
+        self._timeline.pass_until(self._timeline.now_s + self._store_s)
+        return super().add_group(prompt_id, ticket, group)
+
+    def add_columns(self, prompt_id: int, columns: Handle) -> bool:
+        self._timeline.pass_until(self._timeline.now_s + self._store_s)
+        return super().add_columns(prompt_id, columns)
+
+
 class _TimedLearner:
     """Trains nothing, takes its time."""
 
@@ -213,6 +234,7 @@ class _TimedLearner:
 
     def annotate(self, groups: list[_SimulatedGroup]) -> list[_SimulatedGroup]:
         self.taken_at_s, self.groups = self._timeline.now_s, groups
+        self._timeline.pass_until(self._timeline.now_s + self._rest.annotate_s)
         return groups
 
     def prepare(self, groups: list[_SimulatedGroup]) -> list[_SimulatedGroup]:
