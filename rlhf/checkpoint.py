@@ -137,7 +137,7 @@ def prune(run_dir: Path, keep: int, also: Collection[int]) -> list[Path]:
     """Removes all checkpoints but the newest `keep` whole ones and those of the updates in `also`, and what
     interrupted writes left; returns what it removed.
 
-    Call it only after a newer checkpoint is committed.
+    Call it only once a newer checkpoint is committed.
     """
     root = run_dir / FOLDER
     kept = {*committed(run_dir)[-keep:], *also}

@@ -197,6 +197,9 @@ class MixConfig(Section):
     )
 
 
+MOST_SAMPLES_A_STEP = 1_000_000  # the plan counts them one by one, and a step is one transaction
+
+
 class LoopConfig(Section):
     """How long, in what portions, and when to look."""
 
@@ -335,6 +338,11 @@ class RunConfig(Section):
             raise ValueError(
                 "generation.weights_mid_sequence would do nothing: with loop.max_staleness=0 no sequence is under way "
                 "when weights come; expected loop.max_staleness above 0"
+            )
+        if self.loop.groups_per_step * self.algorithm.samples_per_prompt > MOST_SAMPLES_A_STEP:
+            raise ValueError(
+                f"loop.groups_per_step={self.loop.groups_per_step} of {self.algorithm.samples_per_prompt} samples each "
+                f"is more than a step can hold; expected at most {MOST_SAMPLES_A_STEP} samples"
             )
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(

@@ -11,7 +11,7 @@ class GenerationConfig(Section):
     """How the policy is sampled."""
 
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="rollout engine")
-    max_new_tokens: PositiveInt = Field(description="longest completion")
+    max_new_tokens: PositiveInt = Field(le=10_000_000, description="longest completion, in tokens")
     # vLLM raises lower temperatures to 0.01 without a word, and takes the lowest for greedy.
     temperature: float = Field(
         default=1.0, ge=0.01, le=100.0, description="softmax temperature, applied in every log-prob pass too"

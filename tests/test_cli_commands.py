@@ -4,6 +4,7 @@ Not covered: Ray and vLLM, which have their own tests; `doctor`'s imports of the
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlhf.cli.doctor import differing_from_lock
-from rlhf.cli.main import COMMANDS
+from rlhf.cli.main import COMMANDS, main
 from rlhf.config_file import load_cluster
 from rlhf.metric_names import METRICS
+from rlhf.models.resolve import resolve
 from rlhf.observers import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +137,17 @@ def test_chat_answers_each_line_of_a_pipe(finished: Path) -> None:
     first, second = (rlhf(*words, stdin="hello\nand then?\n") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout and first.stdout == second.stdout  # the same seed says the same
+
+
+def test_chat_refuses_a_model_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(resolve("tiny"), broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in sorted(tensors) if "norm" in name)
+    tensors[name][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["chat", str(broken)]) == 2
+    assert f"values that are no finite numbers, first in {name}" in capsys.readouterr().err
 
 
 def test_going_on_keeps_history_and_fresh_moves_it_aside(copy: Path) -> None:

@@ -217,10 +217,11 @@ def test_adapters_come_from_the_seed_and_leave_the_global_generator_alone() -> N
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_unknown_target_modules_are_bad_input() -> None:
-    """Trap 50: an adapter bound to no module would never learn."""
-    with pytest.raises(BadInput, match="target_modules"):
-        add_lora(load_model(ModelConfig(name="tiny"), "float32"), LoraConfig(rank=4, target_modules=["nope"]), 0)
+@pytest.mark.parametrize("targets", [["nope"], ["q_proj", "nope"], ["q_proj", "proj"]])
+def test_unknown_target_modules_are_bad_input(targets: list[str]) -> None:
+    """Trap 50: an adapter bound to no module would never learn; peft passes over the second of two in silence."""
+    with pytest.raises(BadInput, match=rf"target_modules: {targets[-1]} is no layer .* q_proj"):
+        add_lora(load_model(ModelConfig(name="tiny"), "float32"), LoraConfig(rank=4, target_modules=targets), 0)
 
 
 def test_model_that_changes_its_logits_after_the_head_is_refused() -> None:

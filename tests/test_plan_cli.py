@@ -166,6 +166,9 @@ def test_it_loads_nothing_heavy() -> None:
         (["model.name=/nowhere/at/all"], ["model.name", "/nowhere/at/all"]),
         (["learner.engine=torch", "--cluster", ROOT / "clusters/local_two_ranks.yaml"], ["trainer.replicas=2"]),
         (["model.lora.target_modules=[nothing]"], ["target_modules", "q_proj"]),
+        (["loop.groups_per_step=10000000000"], ["loop.groups_per_step=10000000000", "at most 1000000 samples"]),
+        (["generation.max_new_tokens=10000000000"], ["generation.max_new_tokens", "10000000"]),
+        (["generation.max_new_tokens=1024"], ["generation.max_new_tokens=1024", "no room", "holds 1024"]),
         (["reward.function=no.such.module:f"], ["reward.function"]),
     ],
 )

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
     half = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype in (torch.bfloat16, torch.float16)
     model = load_model(ModelConfig(name=str(folder)), "bfloat16" if half else "float32")
+    _check_finite(model)
     torch.manual_seed(arguments.seed)  # transformers' generate knows only the global generator
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     conversation = list(opening)
@@ -95,6 +96,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise BadInput(f"--temperature {arguments.temperature:g}: expected a number of 0 (greedy) or more")
     if not 0 <= arguments.seed < 2**63:
         raise BadInput(f"--seed {arguments.seed}: expected a whole number from 0 to 2^63 - 1")
+
+
+def _check_finite(model: "PreTrainedModel") -> None:
+    """A model that diverged would answer token 0 for ever, or fail in the middle of a sampled answer."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise BadInput(f"{PLACE}: the model holds values that are no finite numbers, first in {name}")
 
 
 def _folder(name: str) -> Path:

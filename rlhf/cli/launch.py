@@ -123,18 +123,21 @@ class Record:
             self._watchdog.enter(f"saving a checkpoint after {updates} steps")
             info = {"seed": self._config.seed}
             self._saved = checkpoint.write(self._run_dir, updates, info, self._team.learner.save)
-            checkpoint.prune(self._run_dir, self._config.loop.keep_checkpoints, self._best())
+            _make_way(self._config, self._run_dir, updates)
             if self._archive is not None:
                 self._archive.checkpoint_saved()
         return self._saved.folder
 
-    def _best(self) -> list[int]:
-        """The best checkpoint so far, where one is to be kept for that."""
-        measure = self._config.loop.keep_best
-        if measure is None:
-            return []
-        best = heldout.best(read_jsonl(self._evaluations), measure, checkpoint.committed(self._run_dir))
-        return [] if best is None else [best]
+
+def _make_way(config: RunConfig, run_dir: Path, updates: int) -> None:
+    """Old checkpoints are removed, but for the one of now and the best so far, where that is to be kept.
+
+    Newer ones than that of now may be damaged in ways that only checksums show."""
+    measure, kept = config.loop.keep_best, [updates]
+    if measure is not None:
+        best = heldout.best(read_jsonl(run_dir / EVALUATIONS_FILE), measure, checkpoint.committed(run_dir))
+        kept += [] if best is None else [best]
+    checkpoint.prune(run_dir, config.loop.keep_checkpoints, kept)
 
 
 def run(
@@ -212,6 +215,8 @@ def _attempt(job: _Job) -> Outcome:
     """One team, from where the run directory stands to the end of the run, unless an actor dies before."""
     config, run_dir = job.config, job.run_dir
     start = _where_to_start(job)
+    if start.folder is not None:  # the process that wrote it may have died before others made way
+        _make_way(config, run_dir, start.updates)
     if start.updates >= config.loop.num_steps and not _misses_evaluation(config, run_dir, job.prompts):
         job.observer.note(f"all {config.loop.num_steps} steps are done")
         if job.archive is not None:

@@ -65,6 +65,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
         check_language_model(config.model.name, "model.name")
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
+    _check_room_for_prompts(config)
     _check_tensor_parallel(config, cluster)
 
 
@@ -274,6 +275,19 @@ def _check_tensor_parallel(config: RunConfig, cluster: Cluster) -> None:
         return
     check_engine(config.generation.engine, parts)
     check_divisible(BUILT_CONFIGS.get(name) or read_config(name), name, parts)
+
+
+def _check_room_for_prompts(config: RunConfig) -> None:
+    """What is certain before a prompt is counted; `_check_context` knows the longest one."""
+    name = config.model.name
+    limit = (BUILT_CONFIGS.get(name) or read_config(name)).get("max_position_embeddings")
+    if config.generation is None or not isinstance(limit, int):
+        return
+    if config.generation.max_new_tokens >= limit:
+        raise BadInput(
+            f"generation.max_new_tokens={config.generation.max_new_tokens} leaves no room for a prompt: {name} holds "
+            f"{limit} tokens in all (max_position_embeddings). Lower it"
+        )
 
 
 def _check_context(config: RunConfig, prompts: "Prompts") -> None:

@@ -69,8 +69,19 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
     """The model with low-rank adapters: y = W x + (alpha / rank) B A x, B = 0, A from a seed (arXiv 2106.09685).
 
     Adapters are float32 whatever the base; the base is frozen. Each A is drawn from a seed of its own name.
-    Raises BadInput when target_modules names no layer.
+    Raises BadInput for a name in target_modules that is no layer (peft passes over it where another one is).
     """
+    if isinstance(lora.target_modules, list):
+        layers = [name for name, _ in model.named_modules()]
+        unknown = [part for part in lora.target_modules if not any(f".{name}".endswith(f".{part}") for name in layers)]
+        if unknown:
+            known = sorted(
+                {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+            )
+            raise BadInput(
+                f"model.lora.target_modules: {', '.join(unknown)} is no layer of the model; its linear layers are "
+                f"{', '.join(known)}"
+            )
     settings = PeftConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; a fraction is as good
