@@ -84,7 +84,8 @@ def test_stages_one_after_the_other_and_again(tmp_path: Path) -> None:
     # The budget ends a run that has steps left, at a step, with its state saved.
     stage("rloo", "--cpu-minutes", "1000", "loop.num_steps=3", "loop.checkpoint_every=1")
     before = json.loads((tmp_path / "root/rloo/used.json").read_text())["cpu_minutes"]
-    stage("rloo", "--cpu-minutes", str(before + 0.5), "loop.num_steps=100000", "loop.checkpoint_every=0")
+    # `before` is that of two starts and three steps, so the same again is enough for one start and more than a step.
+    stage("rloo", "--cpu-minutes", str(2 * before), "loop.num_steps=100000", "loop.checkpoint_every=0")
     rloo = (tmp_path / "root/rloo/metrics.jsonl").read_text().splitlines()
     assert 3 < len(rloo) < 100000
     lines = stage("table").splitlines()

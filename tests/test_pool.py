@@ -472,6 +472,7 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     import ray
 
+    ray.shutdown()  # the cluster of the tests above, of this module's one process
     cluster = Nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
