@@ -93,7 +93,7 @@ def test_bound_holds_on_ray_and_is_reached(tmp_path: Path) -> None:
 def test_weights_change_inside_sequences_of_a_whole_run(tmp_path: Path) -> None:
     """vLLM, two engines, k = 2, long answers: some have tokens of several versions, in order; none that is trained
     is too old by its oldest token; engine and learner agree wherever one version sampled all of an answer."""
-    long = {"generation.max_new_tokens": 160, "algorithm.samples_per_prompt": 8, "loop.num_steps": 8}
+    long = {"generation.max_new_tokens": 480, "algorithm.samples_per_prompt": 8, "loop.num_steps": 8}
     settings = {"generation.engine": "vllm", "generation.cache_gib": 0.3, "generation.weights_mid_sequence": "true"}
     folder = tmp_path / "mid"
     rows = run(folder, 0.0, {**long, **settings, "loop.max_staleness": 2, "generation.max_sequences": 16})
