@@ -137,12 +137,18 @@ def starting(workplace: Path, server: tuple[str, Mapping[str, str]]) -> Iterator
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         yield process
     finally:
         process.kill()
         process.wait()
+
+
+def heed_ctrl_c() -> None:
+    """What a terminal starts does; what a script starts in the background, and all below it, ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
