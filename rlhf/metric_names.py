@@ -209,7 +209,9 @@ METRICS: dict[str, Meaning] = {
         "or for weights; summed over engines. Work is booked when it is handed in",
     ),
     "time/judge_s": Meaning("s", "last", "time of judges on this step's groups, summed over workers"),
-    "time/store_s": Meaning("s", "last", "time in which the run stored groups and judgements, and did nothing else"),
+    "time/store_s": Meaning(
+        "s", "last", "time in which the run stored groups and judgements, sent groups to judges, and did nothing else"
+    ),
     "time/evaluate_s": Meaning("s", "last", "time of workers on held-out prompts, summed over workers"),
     "time/wait_s": Meaning("s", "last", "time until the step's groups were there"),
     "time/annotate_s": Meaning("s", "last", "time of the columns that only the learner can fill"),

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-HERE = Path(__file__).parent
-EXAMPLES = HERE.parent
+EXAMPLES = Path(__file__).parents[1]
 WARM_UP = 2
 GROUPS, SAMPLES, LR, KL, PROMPT_TOKENS = 8, 4, 1e-5, 0.01, 64
 IN_PROCESS = {"generation": {"engine": "transformers"}, "learner": {"engine": "torch"}}
@@ -106,7 +105,7 @@ def rlhf(arguments: argparse.Namespace, folder: Path, engines: dict[str, Any], f
 def trl(arguments: argparse.Namespace, folder: Path) -> list[Step]:
     """The same in TRL, in a process of its own."""
     to = folder / "trl.json"
-    settings = [f"--{name}={getattr(arguments, name)}" for name in ("model", "tokens", "steps", "dtype")]
+    settings = [f"--{name}={vars(arguments)[name]}" for name in ("model", "tokens", "steps", "dtype")]
     subprocess.run([sys.executable, "-m", "examples.speed.against_trl", *settings, "--trl", str(to)], check=True)
     return [Step(*step) for step in json.loads(to.read_text())][WARM_UP:]
 
@@ -127,7 +126,7 @@ def train_with_trl(arguments: argparse.Namespace) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     steps: list[Step] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.began = 0.0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.cli.exit_codes import DONE, NO_CAPACITY
 from rlhf.cli.plan_text import in_words
-from rlhf.cli.preflight import check_settings
+from rlhf.cli.preflight import check_settings, config_of
 from rlhf.cluster import Cluster, Role
 from rlhf.cluster import this_machine as whole_machine
 from rlhf.config import PpoConfig, RunConfig
@@ -22,11 +22,10 @@ from rlhf.data.examples import read_examples
 from rlhf.data.prompts import key_of
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
-from rlhf.models.resolve import read_config
 from rlhf.planning.batches import Lengths
 from rlhf.planning.devices import GPUS, Device, gpu, this_machine
 from rlhf.planning.plan import Given, Models, Plan, make_plan
-from rlhf.planning.shapes import BUILT_CONFIGS, Shape, shape_of
+from rlhf.planning.shapes import Shape, shape_of
 
 GIGABIT = 1e9 / 8
 
@@ -190,6 +189,6 @@ def _models(config: RunConfig) -> Models:
 
 def _shape(name: str, key: str) -> Shape:
     try:
-        return shape_of(BUILT_CONFIGS.get(name) or read_config(name), f"{key}: {name}")
+        return shape_of(config_of(name), f"{key}: {name}")
     except BadInput as error:
         raise BadInput(str(error).replace("model.name", key)) from error

@@ -4,12 +4,11 @@
 tokenizer, so the model is fetched or built first. Both raise BadInput."""
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import distributions
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.cli.preflight_rows import check_columns, check_reward, usable_rows
 from rlhf.cluster import Cluster
@@ -20,7 +19,7 @@ from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
 from rlhf.generation.tensor_parallel import check_divisible, check_engine
-from rlhf.models.resolve import check_model, is_encoder_decoder, read_config, resolve
+from rlhf.models.resolve import check_model, is_encoder_decoder, read_config
 from rlhf.models.score_head import check_language_model, check_reward_model
 from rlhf.planning.placement import placed_roles
 from rlhf.planning.shapes import BUILT_CONFIGS
@@ -269,30 +268,33 @@ def _turn_takers(config: RunConfig, cluster: Cluster) -> frozenset[str]:
     return turn_takers(cluster, {placed.role: placed.settings for placed in placed_roles(config, cluster)})
 
 
+def config_of(name: str) -> Mapping[str, Any]:
+    """config.json of a model, also of one that is built on the spot and need not be there yet. Raises BadInput."""
+    return BUILT_CONFIGS.get(name) or read_config(name)
+
+
 def _check_tensor_parallel(config: RunConfig, cluster: Cluster) -> None:
     parts, name = cluster.rollout.tensor_parallel, config.model.name
     if parts == 1 or config.generation is None:
         return
     check_engine(config.generation.engine, parts)
-    check_divisible(BUILT_CONFIGS.get(name) or read_config(name), name, parts)
+    check_divisible(config_of(name), name, parts)
 
 
 def _check_room_for_prompts(config: RunConfig) -> None:
     """What is certain before a prompt is counted; `_check_context` knows the longest one."""
-    name = config.model.name
-    limit = (BUILT_CONFIGS.get(name) or read_config(name)).get("max_position_embeddings")
+    limit = config_of(config.model.name).get("max_position_embeddings")
     if config.generation is None or not isinstance(limit, int):
         return
     if config.generation.max_new_tokens >= limit:
         raise BadInput(
-            f"generation.max_new_tokens={config.generation.max_new_tokens} leaves no room for a prompt: {name} holds "
-            f"{limit} tokens in all (max_position_embeddings). Lower it"
+            f"generation.max_new_tokens={config.generation.max_new_tokens} leaves no room for a prompt: "
+            f"{config.model.name} holds {limit} tokens in all (max_position_embeddings). Lower it"
         )
 
 
 def _check_context(config: RunConfig, prompts: "Prompts") -> None:
-    model = json.loads((resolve(config.model.name) / "config.json").read_text())
-    limit = model.get("max_position_embeddings")
+    limit = config_of(config.model.name).get("max_position_embeddings")
     if not isinstance(limit, int):
         return
     if config.generation is None:

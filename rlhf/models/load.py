@@ -72,12 +72,10 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
     Raises BadInput for a name in target_modules that is no layer (peft passes over it where another one is).
     """
     if isinstance(lora.target_modules, list):
-        layers = [name for name, _ in model.named_modules()]
+        layers = dict(model.named_modules())
         unknown = [part for part in lora.target_modules if not any(f".{name}".endswith(f".{part}") for name in layers)]
         if unknown:
-            known = sorted(
-                {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-            )
+            known = sorted({name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, nn.Linear)})
             raise BadInput(
                 f"model.lora.target_modules: {', '.join(unknown)} is no layer of the model; its linear layers are "
                 f"{', '.join(known)}"

@@ -72,6 +72,9 @@ class Timeline:
             if due.result is not None:
                 self._arrived.setdefault(due.owner, deque()).append(due.result)
 
+    def pass_for(self, seconds: float) -> None:
+        self.pass_until(self.now_s + seconds)
+
     def collect(self, owner: str) -> list[Result]:
         """What has arrived for the owner; where nothing has for anybody, time jumps to whatever comes first."""
         if self._coming and not any(self._arrived.values()):

@@ -211,11 +211,11 @@ class _TimedBuffer(MemoryBuffer):
         self._timeline, self._store_s = timeline, store_s
 
     def add_group(self, prompt_id: int, ticket: int, group: Versioned) -> bool:
-        self._timeline.pass_until(self._timeline.now_s + self._store_s)
+        self._timeline.pass_for(self._store_s)
         return super().add_group(prompt_id, ticket, group)
 
     def add_columns(self, prompt_id: int, columns: Handle) -> bool:
-        self._timeline.pass_until(self._timeline.now_s + self._store_s)
+        self._timeline.pass_for(self._store_s)
         return super().add_columns(prompt_id, columns)
 
 
@@ -234,14 +234,14 @@ class _TimedLearner:
 
     def annotate(self, groups: list[_SimulatedGroup]) -> list[_SimulatedGroup]:
         self.taken_at_s, self.groups = self._timeline.now_s, groups
-        self._timeline.pass_until(self._timeline.now_s + self._rest.annotate_s)
+        self._timeline.pass_for(self._rest.annotate_s)
         return groups
 
     def prepare(self, groups: list[_SimulatedGroup]) -> list[_SimulatedGroup]:
         return groups
 
     def update(self, batch: list[_SimulatedGroup]) -> Metrics:
-        self._timeline.pass_until(self._timeline.now_s + self._rest.update_s)
+        self._timeline.pass_for(self._rest.update_s)
         self._version += 1
         return {"tokens/trained": metrics.total(sum(sum(group.lengths) for group in batch))}
 
@@ -262,7 +262,7 @@ class _TimedLearner:
 
     def publish(self) -> Published:
         if self._version:
-            self._timeline.pass_until(self._timeline.now_s + self._rest.publish_s)
+            self._timeline.pass_for(self._rest.publish_s)
         fingerprint = str(self._version)
         probe = Probe(np.zeros(2, dtype=np.int32), np.zeros(1, dtype=np.float32))
         return Published(self._version, fingerprint, 0, Weights(self._version, fingerprint, {}, probe, life=0))
