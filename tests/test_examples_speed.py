@@ -29,6 +29,15 @@ def test_ratios_are_of_seconds_by_token_so_that_short_answers_win_nothing() -> N
     ]
 
 
+@pytest.mark.parametrize("flag", ["--steps", "--rounds", "--tokens"])
+def test_none_of_anything_is_refused_before_anything_starts(flag: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.speed.against_trl", "--root", str(tmp_path / "kept"), flag, "0"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: argument {flag}: expected 1 or more, found 0\n")
+    assert not (tmp_path / "kept").exists()
+
+
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.soak

@@ -38,9 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/speed"), help="where everything is kept")
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "tiny"])
-    parser.add_argument("--tokens", type=int, default=96, help="longest answer")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=at_least_one, default=96, help="longest answer")
+    parser.add_argument("--steps", type=at_least_one, default=6, help="steps of each that count")
+    parser.add_argument("--rounds", type=at_least_one, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)  # this process is TRL's: where its steps go
     arguments = parser.parse_args()
@@ -58,6 +58,13 @@ def main() -> None:
     text = table(found)
     (root / f"{arguments.model}-{arguments.tokens}-{arguments.dtype}.md").write_text(text + "\n")
     print(text)
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
 
 
 def table(found: dict[str, list[Step]]) -> str:
