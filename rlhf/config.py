@@ -144,11 +144,11 @@ class DataConfig(Section):
 
     path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
     split: str = Field(default="train", description="split of a hub or saved data set")
-    format: Literal["auto", "prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"] = (
-        Field(
-            default="auto",
-            description="what the rows are; `auto`: told from the first row's columns and what the algorithm needs",
-        )
+    format: Literal[
+        "auto", "prompt", "preference", "implicit_preference", "ranked", "prompt_completion", "messages", "text"
+    ] = Field(
+        default="auto",
+        description="what the rows are; `auto`: told from the first row's columns and what the algorithm needs",
     )
     prompt_column: str = Field(
         default="prompt", description="column that holds the prompt: a string or a list of messages"
@@ -169,8 +169,8 @@ class DataConfig(Section):
     )
     bad_rows: Literal["refuse", "drop"] = Field(
         default="refuse",
-        description="preferences and demonstrations: a row with an empty answer, equal answers or two prompts is "
-        "refused, or dropped and counted",
+        description="preferences and demonstrations: a row with an empty answer, equal answers or ranks, or two "
+        "prompts is refused, or dropped and counted",
     )
     chat_template: bool = Field(
         default=True, description="put plain prompts through the tokenizer's chat template where it has one"

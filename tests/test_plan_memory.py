@@ -15,7 +15,7 @@ import pytest
 
 from rlhf.cluster import Cluster
 from rlhf.config import LearnerConfig, RunConfig
-from rlhf.planning.batches import Lengths
+from rlhf.planning.batches import DataSize, Lengths
 from rlhf.planning.devices import Machine
 from rlhf.planning.memory import LIBRARIES, Part, peak, sharded, training
 from rlhf.planning.plan import Given, Models, RoleMemory, make_plan
@@ -78,7 +78,7 @@ def planned(config: dict[str, Any], role: str, prompt: int, completion: int) -> 
     run = RunConfig.model_validate(config)
     shape = shape_of(BUILT_CONFIGS[run.model.name], run.model.name)
     lengths = Lengths(prompt, completion, completion)
-    plan = make_plan(Given(run, Cluster(), Models(shape, None, {}), lengths, 100, MACHINE, None, None))
+    plan = make_plan(Given(run, Cluster(), Models(shape, None, {}), lengths, DataSize(100, 1), MACHINE, None, None))
     return next(memory for memory in plan.memory if memory.role == role)
 
 

@@ -74,8 +74,8 @@ def format_of_data(record: Record, config: DataConfig) -> Format:
     if not fitting:
         raise BadInput(
             f"{record.place}: columns there: {', '.join(sorted(record.columns)) or 'none'}; expected prompt; or "
-            "prompt, chosen, rejected; or chosen, rejected; or prompt, completion; or messages; or text. Other names: "
-            "--prompt-column, --completion-column"
+            "prompt, chosen, rejected; or chosen, rejected; or prompt, completions, ranks; or prompt, completion; or "
+            "messages; or text. Other names: --prompt-column, --completion-column"
         )
     return fitting[0]
 
@@ -147,7 +147,8 @@ def _texts(examples: Sequence[Example]) -> dict[str, list[str]]:
     """The texts of each part of the rows, by the part's name."""
     parts: dict[str, list[str]] = {}
     for example in examples:
-        names = {0: (), 1: ("completion",), 2: ("chosen", "rejected")}[len(example.answers)]
+        pair = example.format in ("preference", "implicit_preference")
+        names = ("chosen", "rejected") if pair else ("completion",) * len(example.answers)
         parts.setdefault("text" if example.format == "text" else "prompt", []).append(prompt_as_text(example.content))
         for name, answer in zip(names, example.answers, strict=True):
             parts.setdefault(name, []).append(spoken_text(answer))

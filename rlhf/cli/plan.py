@@ -22,7 +22,7 @@ from rlhf.data.examples import read_examples
 from rlhf.data.prompts import key_of
 from rlhf.data.records import load_rows
 from rlhf.errors import BadInput
-from rlhf.planning.batches import Lengths
+from rlhf.planning.batches import DataSize, Lengths
 from rlhf.planning.devices import GPUS, Device, gpu, this_machine
 from rlhf.planning.plan import Given, Models, Plan, make_plan
 from rlhf.planning.shapes import Shape, shape_of
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         cluster=cluster,
         models=models,
         lengths=lengths,
-        prompts_in_data=rows_to_train_on(config),
+        data=data_to_train_on(config),
         machine=this_machine(),
         gpu=device,
         network=None if arguments.network_gbit is None else arguments.network_gbit * GIGABIT,
@@ -76,16 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
     return NO_CAPACITY if plan.problems else DONE
 
 
-def rows_to_train_on(config: RunConfig) -> int:
+def data_to_train_on(config: RunConfig) -> DataSize:
     """Rows of an epoch: all but the held-out prompts and what cannot be learnt from. Raises BadInput when none is left.
 
     No tokenizer is loaded, so that rows over the limits on length are counted."""
-    records = load_rows(config.data)
+    records, answers = load_rows(config.data), 1
     if config.records == "prompts":
         keys = [key_of(content_of(record, config.data.prompt_column)) for record in records]
     else:
         examples, _ = read_examples(records, config.data, config.records)
         keys = [key_of(example.content) for example in examples]
+        answers = max(1, *(len(example.answers) for example in examples))
     heldout = set(sorted(set(keys))[: config.data.heldout])
     left = sum(key not in heldout for key in keys)
     if not left:
@@ -93,7 +94,7 @@ def rows_to_train_on(config: RunConfig) -> int:
             f"data.heldout={config.data.heldout} leaves nothing to train on: {config.data.path} has {len(set(keys))} "
             "distinct prompts"
         )
-    return left
+    return DataSize(left, answers)
 
 
 def as_json(given: Given, plan: Plan) -> dict[str, Any]:

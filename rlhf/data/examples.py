@@ -2,9 +2,10 @@
 
 The column conventions are those of Hugging Face TRL, strings or lists of role/content messages. What the rows are is
 settled once for the whole data set. A column that is missing or of another type is a BadInput; a row of the right form
-that teaches nothing (equal answers, an empty one, two prompts) is refused or dropped and counted, as `data.bad_rows`
-says."""
+that teaches nothing (equal answers or ranks, an empty answer, two prompts) is refused or dropped and counted, as
+`data.bad_rows` says."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,18 +17,21 @@ from rlhf.data.conversations import Content, Message, checked_messages, shown
 from rlhf.data.records import Record
 from rlhf.errors import BadInput
 
-Format = Literal["prompt", "preference", "implicit_preference", "prompt_completion", "messages", "text"]
+Format = Literal["prompt", "preference", "implicit_preference", "ranked", "prompt_completion", "messages", "text"]
 
 FORMATS: Mapping[RecordKind, tuple[Format, ...]] = {
     "prompts": ("prompt",),
-    "preferences": ("preference", "implicit_preference"),
+    "preferences": ("preference", "implicit_preference", "ranked"),
     "demonstrations": ("prompt_completion", "messages", "text"),
     "comparisons": ("preference", "implicit_preference"),
 }
 EMPTY = "empty answer"
 EQUAL = "chosen equals rejected"
+NO_ORDER = "no answer is ranked above another"
+CONTRADICTED = "equal answers of different ranks"
 TWO_PROMPTS = "prompts of the two sides differ"
 NO_TURN = "no assistant turn to learn from"
+PAIR_RANKS = (0.0, 1.0)  # of chosen and rejected
 NAMED_IN_ERRORS = 5
 
 # HH-RLHF writes a dialogue as one string; an answer may hold blank lines, so only these two words begin a turn.
@@ -45,14 +49,16 @@ class UnusableRow(BadInput):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A row as read: `answers` are (chosen, rejected), the one of a demonstration, or none where `content` is a text
-    to learn as a whole. An answer is a string or the messages that go on from the prompt. row counts from 0."""
+    """A row as read: `answers` are (chosen, rejected), those of a ranking, the one of a demonstration, or none where
+    `content` is a text to learn as a whole. An answer is a string or the messages that go on from the prompt. ranks,
+    one an answer where they are compared, the smallest is preferred; else none. row counts from 0."""
 
     record: Record
     row: int
     format: Format
     content: Content
     answers: tuple[Content, ...]
+    ranks: tuple[float, ...]
     columns: Mapping[str, Any]
 
 
@@ -62,6 +68,7 @@ def fitting_formats(columns: Collection[str], config: DataConfig) -> list[Format
     needed: list[tuple[Format, set[str]]] = [
         ("preference", {prompt, "chosen", "rejected"}),
         ("implicit_preference", {"chosen", "rejected"}),
+        ("ranked", {prompt, "completions", "ranks"}),
         ("prompt_completion", {prompt, completion}),
         ("messages", {"messages"}),
         ("text", {"text"}),
@@ -83,7 +90,8 @@ def format_of(record: Record, config: DataConfig, kind: RecordKind) -> Format:
     if not fitting:
         columns = {
             "prompts": config.prompt_column,
-            "preferences": f"{config.prompt_column}, chosen, rejected; or chosen, rejected with the prompt in both",
+            "preferences": f"{config.prompt_column}, chosen, rejected; or chosen, rejected with the prompt in both; or "
+            f"{config.prompt_column}, completions, ranks",
             "demonstrations": f"{config.prompt_column}, {config.completion_column}; or messages; or text",
             "comparisons": f"{config.prompt_column}, chosen, rejected; or chosen, rejected with the prompt in both",
         }[kind]
@@ -167,7 +175,43 @@ def _pair(
         _refuse_no_turn(record, answer, side)
     if chosen == rejected:
         raise UnusableRow(record, EQUAL, f"both are {shown(chosen)}")
-    return Example(record, row, name, prompt, (chosen, rejected), _others(record, {column, "chosen", "rejected"}))
+    columns = _others(record, {column, "chosen", "rejected"})
+    return Example(record, row, name, prompt, (chosen, rejected), PAIR_RANKS, columns)
+
+
+def _ranked(record: Record, row: int, config: DataConfig) -> Example:
+    """prompt, completions, ranks: two or more answers and a number for each; the smallest is preferred, and equal ones
+    are not compared."""
+    prompt = _content(record, config.prompt_column)
+    given, numbers = (_listed(record, column) for column in ("completions", "ranks"))
+    if len(given) != len(numbers):
+        raise BadInput(f"{record.place}: {len(given)} completions and {len(numbers)} ranks; expected one for each")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise BadInput(f"{record.place}: column 'ranks' holds {shown(number)}; expected numbers")
+    _refuse_blank(record, prompt, "prompt")
+    answers, ranks = [], tuple(float(number) for number in numbers)
+    for index, value in enumerate(given):
+        where = f"completions[{index}]"
+        answer = _checked(record, value, where)
+        if _whole(answer):
+            raise BadInput(f"{record.place}: '{where}' begins with a message of the user; expected the assistant's")
+        _refuse_blank(record, answer, where)
+        _refuse_no_turn(record, answer, where)
+        answers.append(answer)
+    if len({isinstance(answer, str) for answer in answers}) > 1:
+        raise BadInput(f"{record.place}: some of the completions are text, others messages; expected the same")
+    if len(set(ranks)) < 2:
+        raise UnusableRow(record, NO_ORDER, f"the ranks are {shown(numbers)}")
+    for index, answer in enumerate(answers):
+        first = answers.index(answer)
+        if ranks[first] != ranks[index]:
+            detail = (
+                f"completions[{first}] and [{index}] are {shown(answer)}, ranked {numbers[first]} and {numbers[index]}"
+            )
+            raise UnusableRow(record, CONTRADICTED, detail)
+    columns = _others(record, {config.prompt_column, "completions", "ranks"})
+    return Example(record, row, "ranked", prompt, tuple(answers), ranks, columns)
 
 
 def _divided(record: Record, chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
@@ -229,7 +273,7 @@ def _prompt_completion(record: Record, row: int, config: DataConfig) -> Example:
         )
     _refuse_no_turn(record, answer, config.completion_column)
     columns = _others(record, {config.prompt_column, config.completion_column})
-    return Example(record, row, "prompt_completion", prompt, (answer,), columns)
+    return Example(record, row, "prompt_completion", prompt, (answer,), (), columns)
 
 
 def _messages(record: Record, row: int, config: DataConfig) -> Example:
@@ -248,7 +292,7 @@ def _messages(record: Record, row: int, config: DataConfig) -> Example:
         if message["role"] == "assistant":
             _refuse_blank(record, message["content"], "messages (a turn of the assistant)")
     columns = _others(record, {"messages"})
-    return Example(record, row, "messages", conversation[:first], (conversation[first:],), columns)
+    return Example(record, row, "messages", conversation[:first], (conversation[first:],), (), columns)
 
 
 def _text(record: Record, row: int, config: DataConfig) -> Example:
@@ -256,19 +300,20 @@ def _text(record: Record, row: int, config: DataConfig) -> Example:
     if not isinstance(text, str):
         raise BadInput(f"{record.place}: column 'text' holds messages; expected text, or data.format=messages")
     _refuse_blank(record, text, "text")
-    return Example(record, row, "text", text, (), _others(record, {"text"}))
+    return Example(record, row, "text", text, (), (), _others(record, {"text"}))
 
 
 def _prompt(record: Record, row: int, config: DataConfig) -> Example:
     prompt = _content(record, config.prompt_column)
     _refuse_blank(record, prompt, config.prompt_column)
-    return Example(record, row, "prompt", prompt, (), _others(record, {config.prompt_column}))
+    return Example(record, row, "prompt", prompt, (), (), _others(record, {config.prompt_column}))
 
 
 _READERS: Mapping[Format, Callable[[Record, int, DataConfig], Example]] = {
     "prompt": _prompt,
     "preference": _preference,
     "implicit_preference": _implicit_preference,
+    "ranked": _ranked,
     "prompt_completion": _prompt_completion,
     "messages": _messages,
     "text": _text,
@@ -277,10 +322,27 @@ _READERS: Mapping[Format, Callable[[Record, int, DataConfig], Example]] = {
 
 def _content(record: Record, column: str) -> Content:
     """Text or messages. Raises BadInput for a missing column or any other value."""
+    return _checked(record, _value(record, column), column)
+
+
+def _listed(record: Record, column: str) -> list[Any]:
+    value = _value(record, column)
+    if not isinstance(value, list):
+        raise BadInput(
+            f"{record.place}: column '{column}' is a {type(value).__name__} ({shown(value)}); expected a list"
+        )
+    return value
+
+
+def _value(record: Record, column: str) -> Any:
     if column not in record.columns:
         there = ", ".join(sorted(record.columns)) or "none"
         raise BadInput(f"{record.place}: no column '{column}'; columns there: {there}")
-    value, where = record.columns[column], f"{record.place}: column '{column}'"
+    return record.columns[column]
+
+
+def _checked(record: Record, value: Any, column: str) -> Content:
+    where = f"{record.place}: column '{column}'"
     if value is None or value == []:
         raise UnusableRow(record, EMPTY, f"'{column}' is {value}")
     if isinstance(value, str):

@@ -110,7 +110,7 @@ class OfflineSet:
         return _prompt(self._train[position], prompt_id, epoch)
 
     def group(self, prompt: Prompt) -> Group:
-        """The row of this prompt: a pair with ranks, or a demonstration."""
+        """The row of this prompt: answers with ranks, or a demonstration."""
         return dataset_group(prompt, self._by_row[prompt.row].completions)
 
     def heldout_prompts(self) -> list[Prompt]:
@@ -192,7 +192,7 @@ def _tokenised(
         if not tokens:
             raise BadInput(f"{example.record.place}: the prompt becomes no tokens: {text!r}")
         said = [spoken_text(answer) for answer in example.answers or (example.content,)]
-        ranks = (0.0, 1.0) if len(answers) == 2 else (None,)
+        ranks = example.ranks or (None,)
         completions = tuple(Completion(*a, t, rank) for a, t, rank in zip(answers, said, ranks, strict=True))
         prompt_ids = np.array(tokens, dtype=np.int32)
         items.append(_Item(example, key_of(example.content), text, prompt_ids, completions))

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.config import (
+    DpoConfig,
     OnlineDpoConfig,
     RaftConfig,
     RecordKind,
+    RewardModelConfig,
     RsoConfig,
     RunConfig,
 )
@@ -31,6 +33,15 @@ class Lengths:
     prompt: int
     mean: int
     longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataSize:
+    """What the data has, by its rows alone: prompts of an epoch, and the answers of the row that has most (1 where
+    prompts have none)."""
+
+    prompts: int
+    answers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +88,12 @@ class Batches:
     epochs_of_data: float
 
 
-def batches(config: RunConfig, ranks: int, lengths: Lengths, prompts_in_data: int) -> Batches:
-    """The arithmetic of a run whose completions all have the mean length."""
+def batches(config: RunConfig, ranks: int, lengths: Lengths, data: DataSize) -> Batches:
+    """The arithmetic of a run whose completions all have the mean length, and whose rows all have as many answers."""
     loop, learner, mix = config.loop, config.learner, config.mix
     beside = 0 if mix is None else mix.rows_per_step
     prompts = loop.groups_per_step - beside
-    sampled, rows = step_units(config, lengths)
+    sampled, rows = step_units(config, lengths, data.answers)
     taken = optimizer_steps(config, sampled, rows, ranks, step=0)
     used = loop.num_steps * prompts
     return Batches(
@@ -103,19 +114,22 @@ def batches(config: RunConfig, ranks: int, lengths: Lengths, prompts_in_data: in
         microbatches_per_optimizer_step=max(step.microbatches for step in taken),
         microbatches_per_step=sum(step.microbatches for step in taken),
         largest_microbatch_tokens=max(step.largest_microbatch for step in taken),
-        prompts_in_data=prompts_in_data,
-        steps_per_epoch=prompts_in_data / prompts,
+        prompts_in_data=data.prompts,
+        steps_per_epoch=data.prompts / prompts,
         prompts_used=used,
-        epochs_of_data=used / prompts_in_data,
+        epochs_of_data=used / data.prompts,
     )
 
 
-def step_units(config: RunConfig, lengths: Lengths) -> tuple[list[UnitLengths], list[UnitLengths]]:
-    """The units that a step trains on, of prompts and of rows of data beside them, all of the same length."""
+def step_units(config: RunConfig, lengths: Lengths, answers: int) -> tuple[list[UnitLengths], list[UnitLengths]]:
+    """The units that a step trains on, of prompts and of rows of data beside them, all of the same length. answers, of
+    each row of a run on data."""
     beside = 0 if config.mix is None else config.mix.rows_per_step
     prompts = config.loop.groups_per_step - beside
     row = (lengths.prompt, lengths.mean)
-    return _units_of_prompts(config, prompts, row), _units_of_rows(config.mixed_records, beside, row)
+    if config.records == "prompts":
+        return _units_of_prompts(config, prompts, row), _units_of_rows(config.mixed_records, beside, row)
+    return _units_of_data(config, prompts, row, answers), []
 
 
 def optimizer_steps(
@@ -150,8 +164,6 @@ def _optimizer_step(config: RunConfig, drawn: Sequence[Sequence[Unit]], ranks: i
 def _units_of_prompts(config: RunConfig, prompts: int, row: RowLengths) -> list[UnitLengths]:
     """What an algorithm makes of so many prompts, when none of them is dropped and no two answers are equal."""
     algorithm = config.algorithm
-    if config.records != "prompts":
-        return _units_of_rows(config.records, prompts, row)
     if isinstance(algorithm, OnlineDpoConfig):
         return [(row, row)] * prompts
     if isinstance(algorithm, RsoConfig):
@@ -160,6 +172,16 @@ def _units_of_prompts(config: RunConfig, prompts: int, row: RowLengths) -> list[
     if isinstance(algorithm, RaftConfig):
         return [(row,)] * prompts
     return [(row,)] * (prompts * algorithm.samples_per_prompt)
+
+
+def _units_of_data(config: RunConfig, rows: int, row: RowLengths, answers: int) -> list[UnitLengths]:
+    """What an algorithm makes of rows with so many answers each: a reward model scores all of them in one unit, DPO
+    compares the best with the worst or each with each."""
+    if isinstance(config.algorithm, RewardModelConfig):
+        return [(row,) * answers] * rows
+    if isinstance(config.algorithm, DpoConfig) and config.algorithm.compare == "all":
+        return _units_of_rows(config.records, rows * (answers * (answers - 1) // 2), row)
+    return _units_of_rows(config.records, rows, row)
 
 
 def _units_of_rows(kind: RecordKind | None, rows: int, row: RowLengths) -> list[UnitLengths]:

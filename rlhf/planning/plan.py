@@ -13,7 +13,7 @@ from rlhf.config import RunConfig
 from rlhf.config_section import Dtype
 from rlhf.passes import needs_old_logprobs, needs_reference
 from rlhf.planning import memory, times
-from rlhf.planning.batches import Batches, Lengths, batches
+from rlhf.planning.batches import Batches, DataSize, Lengths, batches
 from rlhf.planning.devices import Device, Machine
 from rlhf.planning.fitting import Peak, problems_of, turn_problems
 from rlhf.planning.memory import Part
@@ -34,7 +34,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a plan is made for. prompts_in_data, rows of one epoch; device, the GPU of the roles that have one.
+    """What a plan is made for. data, its size by one epoch; gpu, that of the roles that have one.
 
     network, bytes a second between nodes; None: everything is on one node."""
 
@@ -42,7 +42,7 @@ class Given:
     cluster: Cluster
     models: Models
     lengths: Lengths
-    prompts_in_data: int
+    data: DataSize
     machine: Machine
     gpu: Device | None
     network: float | None
@@ -113,7 +113,7 @@ def make_plan(given: Given) -> Plan:
     """The plan. Raises BadInput for adapters that no layer of the model takes."""
     config, cluster = given.config, given.cluster
     roles = placed_roles(config, cluster)
-    arithmetic = batches(config, cluster.trainer.replicas, given.lengths, given.prompts_in_data)
+    arithmetic = batches(config, cluster.trainer.replicas, given.lengths, given.data)
     held = tuple(_memory_of(given, placed) for placed in roles)
     published = memory.published_bytes(given.models.policy, config.learner)
     samples = config.records == "prompts"
@@ -200,8 +200,7 @@ def _passes(given: Given, ranks: int, *, gpu: bool) -> memory.Passes:
     config, lengths = given.config, given.lengths
     longest = Lengths(lengths.prompt, lengths.longest, lengths.longest)
     tokens = max(
-        batches(config, ranks, assumed, given.prompts_in_data).largest_microbatch_tokens
-        for assumed in {lengths, longest}
+        batches(config, ranks, assumed, given.data).largest_microbatch_tokens for assumed in {lengths, longest}
     )
     scores = lengths.prompt + lengths.longest if config.model.attention == "eager" else 0
     return memory.Passes(tokens, _predictions(lengths, tokens), scores, config.model.gradient_checkpointing, gpu)
@@ -228,7 +227,9 @@ def _predictions(lengths: Lengths, tokens: int) -> int:
 
 def _group_tokens(given: Given) -> int:
     """Tokens of a group, which a judge reads as one batch where the budget allows."""
-    return given.config.algorithm.samples_per_prompt * (given.lengths.prompt + given.lengths.mean)
+    config = given.config
+    answers = config.algorithm.samples_per_prompt if config.records == "prompts" else given.data.answers
+    return answers * (given.lengths.prompt + given.lengths.mean)
 
 
 def _update_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
@@ -340,7 +341,7 @@ def _judge_seconds(given: Given, arithmetic: Batches) -> float:
     """Of the slower of the two pools, the reference and reward models; functions and servers take nobody knows how
     long."""
     config, cluster, lengths = given.config, given.cluster, given.lengths
-    sequences = _sequences_judged(config, arithmetic)
+    sequences = _sequences_judged(given, arithmetic)
     found = [0.0]
     if needs_reference(config) and config.model.lora is None:
         device = given.device_of(cluster.reference)
@@ -354,9 +355,9 @@ def _judge_seconds(given: Given, arithmetic: Batches) -> float:
     return max(*found, reward)
 
 
-def _sequences_judged(config: RunConfig, arithmetic: Batches) -> int:
-    """Samples; or the rows of the data, whose answers the reference reads."""
-    return arithmetic.samples_per_step or arithmetic.sequences_per_step
+def _sequences_judged(given: Given, arithmetic: Batches) -> int:
+    """Samples; or the answers of the data, which the reference reads once each, however often they are compared."""
+    return arithmetic.samples_per_step or arithmetic.prompts_per_step * given.data.answers
 
 
 def _annotate_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
@@ -367,7 +368,7 @@ def _annotate_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
     critic = 0.0
     if given.models.critic is not None:
         critic = times.sequence_flops(given.models.critic, lengths.prompt, lengths.mean).trunk
-    sequences = _sequences_judged(config, arithmetic)
+    sequences = _sequences_judged(given, arithmetic)
     return passes * flops.forward * sequences, critic * sequences
 
 
