@@ -18,6 +18,7 @@ from rlhf.config_online import KlConfig as KlConfig
 from rlhf.config_online import OffPolicyConfig as OffPolicyConfig
 from rlhf.config_online import OffPolicyCorrected as OffPolicyCorrected
 from rlhf.config_online import OnlineConfig as OnlineConfig
+from rlhf.config_online import PaidConfig as PaidConfig
 from rlhf.config_online import PpoConfig as PpoConfig
 from rlhf.config_online import RaftConfig as RaftConfig
 from rlhf.config_online import ReinforceConfig as ReinforceConfig
@@ -344,12 +345,23 @@ class RunConfig(Section):
                 f"loop.groups_per_step={self.loop.groups_per_step} of {self.algorithm.samples_per_prompt} samples each "
                 f"is more than a step can hold; expected at most {MOST_SAMPLES_A_STEP} samples"
             )
+        self._fits_an_adaptive_price()
         if self.learner.minibatches > self.loop.groups_per_step * self.algorithm.samples_per_prompt:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} is more than the samples of a step "
                 f"({self.loop.groups_per_step} groups x {self.algorithm.samples_per_prompt})"
             )
         return self
+
+    def _fits_an_adaptive_price(self) -> None:
+        if not isinstance(self.algorithm, OnlineConfig) or self.algorithm.kl.target is None:
+            return
+        samples, horizon = self.loop.groups_per_step * self.algorithm.samples_per_prompt, self.algorithm.kl.horizon
+        if samples >= 5 * horizon:
+            raise ValueError(
+                f"algorithm.kl.horizon={horizon:g}: a step of {samples} samples could move kl.coef to 0 or below; "
+                f"expected more than {samples / 5:g}"
+            )
 
     def _fits_comparisons(self, reward: RewardConfig) -> None:
         comparing = [key for key, source in reward.sources().items() if source.compares]

@@ -37,6 +37,11 @@ class KlConfig(Section):
     def _can_move(self) -> Self:
         if self.target is not None and self.coef == 0:
             raise ValueError("target moves coef by a share of itself, and 0 stays 0: coef must be above 0")
+        if self.place == "reward" and self.loss_estimator != type(self).model_fields["loss_estimator"].default:
+            raise ValueError(
+                f"loss_estimator={self.loss_estimator} would do nothing: place is reward, where the KL is k1; expected "
+                "place=loss, or no such key"
+            )
         if self.target is None and "horizon" in self.model_fields_set and self.horizon != 10_000.0:
             raise ValueError("horizon would do nothing without target")
         return self
@@ -57,18 +62,24 @@ class MissingEosConfig(Section):
         return self
 
 
-class OnlineConfig(Section):
+class PaidConfig(Section):
+    """What all algorithms share that sample: what becomes of a judge's score first."""
+
+    reward_clip: PositiveFloat | None = Field(
+        default=None,
+        description="scores are held within this of 0, before anything is compared or priced with them; null: off",
+    )
+    missing_eos: MissingEosConfig = Field(
+        default_factory=MissingEosConfig, description="what a completion without an end is paid"
+    )
+
+
+class OnlineConfig(PaidConfig):
     """What these algorithms share: how a sample's score becomes its reward."""
 
     name: str = Field(description="which algorithm")
     samples_per_prompt: PositiveInt = Field(default=1, description="completions sampled for each prompt")
     kl: KlConfig = Field(default_factory=KlConfig, description="the price of leaving the reference")
-    reward_clip: PositiveFloat | None = Field(
-        default=None, description="scores are held within this of 0, before the KL and the baseline; null: off"
-    )
-    missing_eos: MissingEosConfig = Field(
-        default_factory=MissingEosConfig, description="what a completion without an end is paid"
-    )
 
 
 class GroupedConfig(OnlineConfig):

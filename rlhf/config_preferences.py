@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlhf.config_online import PaidConfig
 from rlhf.config_section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
@@ -75,7 +76,7 @@ class DpoConfig(Section):
         return 2
 
 
-class OnlineDpoConfig(Section):
+class OnlineDpoConfig(PaidConfig):
     """The policy samples, its best completion is compared with its worst, a preference loss (arXiv 2402.04792)."""
 
     name: Literal["online_dpo"] = Field(description="which algorithm")
@@ -94,7 +95,8 @@ class RejectionConfig(Section):
 
     mode: Literal["paper", "exact"] = Field(
         default="paper",
-        description="`paper`: Algorithm 1, each candidate at most once; `exact`: samples of the target, with repeats",
+        description="`paper`: Algorithm 1, each candidate at most once; `exact`: draws from "
+        "softmax(r / beta) over the candidates, with repeats",
     )
     beta: NonNegativeFloat = Field(
         description="temperature of the target policy, in reward units; 0: the best candidates"
@@ -106,7 +108,7 @@ class RejectionConfig(Section):
     )
 
 
-class RsoConfig(Section):
+class RsoConfig(PaidConfig):
     """Statistical rejection sampling optimization (arXiv 2309.06657); a step is a round."""
 
     name: Literal["rso"] = Field(description="which algorithm")

@@ -122,6 +122,7 @@ class PolicySource:
             "sync/probe_abs_max": metrics.largest(max((r.probe_abs_max for r in receipts), default=0.0)),
             "time/judge_s": metrics.last(self._seconds.pop("judge", 0.0)),
             "time/store_s": metrics.last(self._seconds.pop("store", 0.0)),
+            "time/evaluate_s": metrics.last(self._seconds.pop("evaluate", 0.0)),
             **self._faults(),
         }
         looking_up_or_sampling = self._seconds.pop("generate", 0.0)

@@ -100,6 +100,18 @@ def test_a_step_is_that_of_the_same_algorithm_at_the_current_price(groups: list[
         assert losses[0] != pytest.approx(losses[1], rel=1e-4), "control: the price matters"
 
 
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_a_micro_batch_of_empty_completions_has_a_loss_of_zero(make_group: Callable[..., Group], name: str) -> None:
+    """Trap 18: alone in its micro-batch an empty completion has no token that could hold the price."""
+    algorithm = build(settings(name, {"coef": 0.2, "place": "loss", "target": 3.0}))
+    columns = {"behavior_logprobs": [[], []], "ref_logprobs": [[], []]}
+    batch, _ = algorithm.prepare([make_group(0, [1.0, 0.0], [0, 0], columns, {})], algorithm.initial_state)
+    made = collate(units_of(batch.rows), sorted(batch.rows[0].tokens), packed=False).batch
+    nothing = torch.zeros(made.mask.shape, requires_grad=True)
+    assert nothing.shape == (2, 0)
+    assert algorithm.loss(Outputs(nothing, nothing.detach()), made).loss.item() == 0.0
+
+
 def test_a_step_without_samples_moves_nothing() -> None:
     algorithm = build(settings("rloo", {"coef": 0.05, "target": 1.0}))
     _, state = algorithm.prepare([], algorithm.initial_state)
@@ -148,8 +160,26 @@ def test_a_target_holds_the_kl_and_a_stopped_run_goes_on_with_its_price(
 
 @pytest.mark.parametrize(
     ("kl", "named"),
-    [({"coef": 0.0, "target": 1.0}, "coef must be above 0"), ({"horizon": 5.0}, "horizon would do nothing")],
+    [
+        ({"coef": 0.0, "target": 1.0}, "coef must be above 0"),
+        ({"horizon": 5.0}, "horizon would do nothing"),
+        ({"loss_estimator": "k3"}, "loss_estimator=k3 would do nothing: place is reward"),
+    ],
 )
 def test_settings_that_would_do_nothing_are_refused(kl: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         settings("rloo", kl)
+
+
+def test_a_horizon_that_a_step_could_overrun_is_refused(tiny_run: Callable[..., RunConfig]) -> None:
+    """Otherwise beta would end below 0, and the run would be paid for leaving the reference."""
+    content = tiny_run({}, {}, {}, {}).model_dump()
+    loop, algorithm = content["loop"], content["algorithm"]
+    samples = loop["groups_per_step"] * algorithm["samples_per_prompt"]
+    for horizon, fits in ((samples / 5, False), (samples / 5 + 0.1, True)):
+        algorithm["kl"] = {"coef": 0.1, "target": 1.0, "horizon": horizon}
+        if fits:
+            RunConfig.model_validate(content)
+        else:
+            with pytest.raises(ValueError, match=f"algorithm.kl.horizon=.*a step of {samples} samples"):
+                RunConfig.model_validate(content)

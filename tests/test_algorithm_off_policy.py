@@ -2,6 +2,7 @@
 which settings it refuses. The maths are in test_ops_importance. Not covered: the learner, ranks."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from rlhf.algorithms.table import build
+from rlhf.cli.main import main
 from rlhf.config import (
     GrpoConfig,
     OffPolicyConfig,
@@ -79,8 +81,8 @@ def test_gradients_are_those_of_fresh_samples_times_the_weight(make_group, divid
     rejected = (np.array(weights) == 0).mean()
     assert measured["off_policy/rejected_fraction"] == pytest.approx(rejected)
     assert measured["off_policy/weight_mean"] == pytest.approx(np.mean(weights), abs=1e-5)
-    if config.off_policy.reject == "none":
-        assert measured["off_policy/truncated_fraction"] == pytest.approx(means["clip/fraction"])
+    # The policy has not moved, so that nothing else is truncated; what is rejected is not counted as truncated, too.
+    assert measured["off_policy/truncated_fraction"] == pytest.approx(means["clip/fraction"])
 
 
 def test_metrics_of_a_step(make_group):
@@ -155,3 +157,20 @@ def test_correcting_fresh_samples_makes_the_learner_compute_its_own_logprobs(tin
     assert not needs_old_logprobs(config)
     algorithm = config.algorithm.model_copy(update={"off_policy": OffPolicyConfig(fresh_too=True)})
     assert needs_old_logprobs(config.model_copy(update={"algorithm": algorithm}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ([], True),
+        (["algorithm.off_policy.fresh_too=true"], False),
+        (["loop.max_staleness=1"], False),
+        (["learner.minibatches=2"], False),
+    ],
+)
+def test_a_rejection_that_could_reject_nothing_is_refused(settings, refused, capsys):
+    """Where all samples are fresh and trained in one optimizer step there are no ratios to reject by."""
+    config = str(Path(__file__).parents[1] / "configs" / "rloo_tiny.yaml")
+    code = main(["plan", config, "algorithm.off_policy.reject=token", *settings])
+    said = capsys.readouterr().err
+    assert (code == 2) == refused and ("algorithm.off_policy.reject=token would do nothing" in said) == refused

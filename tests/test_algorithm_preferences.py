@@ -200,6 +200,41 @@ def test_rso_keeps_the_best_at_beta_zero_and_pairs_them(make_group: Callable[...
     assert all(a > b for (_, a), (_, b) in zip(tokens_of(batch)[::2], tokens_of(batch)[1::2], strict=True))
 
 
+def cut_short(group: Group, *indices: int) -> Group:
+    samples = (replace(s, finish_reason="length") if s.index in indices else s for s in group.samples)
+    return replace(group, samples=tuple(samples))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0, 3), (0, 2)]),
+        ({"missing_eos": {"fixed_score": -1.0}}, [(0, 4), (0, 3)]),
+        ({"missing_eos": {"penalty": 4.5}}, [(0, 4), (0, 2)]),
+        ({"reward_clip": 2.0, "missing_eos": {"penalty": 1.5}}, [(0, 4), (0, 3)]),
+    ],
+)
+def test_online_dpo_compares_what_is_left_of_a_score(
+    make_group: Callable[..., Group], settings: dict[str, Any], expected: list[tuple[int, int]]
+) -> None:
+    """Trap 86: scores 1, 6, 5 by length 2, 3, 4, of which 3 has no end: 6 becomes -1, 1.5, or (clipped first) 0.5. The
+    logged reward stays the judge's."""
+    algorithm = build(OnlineDpoConfig.model_validate({"name": "online_dpo", "loss": {"beta": 0.1}, **settings}))
+    group = cut_short(make_group(0, [1.0, 6.0, 5.0], [2, 3, 4], reference([2, 3, 4]), {}), 1)
+    batch, _ = algorithm.prepare([group], {})
+    assert tokens_of(batch) == expected and values(batch.metrics)["reward/mean"] == 4.0
+
+
+def test_rso_rejects_by_what_is_left_of_a_score(make_group: Callable[..., Group]) -> None:
+    """At beta 0 the two best are kept: of 1 to 4 (lengths 1 to 4) the fourth is not, once it lacks its end."""
+    group = candidates(make_group, 0, [1.0, 2.0, 3.0, 4.0])
+    kept = []
+    for rule in ({}, {"missing_eos": {"fixed_score": -1.0}}):
+        batch, _ = rso(4, 2, {"beta": 0.0}, **rule).prepare([cut_short(group, 3)], {})
+        kept.append({length for _, length in tokens_of(batch)})
+    assert kept == [{3, 4}, {2, 3}]
+
+
 def test_rso_draws_by_address(make_group: Callable[..., Group]) -> None:
     """Whatever the order of groups and whatever else is in the step, a prompt's pairs are the same (raw units); two
     prompts with the same rewards and seeds of samples draw differently."""

@@ -112,6 +112,14 @@ def test_groups_that_teach_nothing_are_dropped_and_counted() -> None:
         reward_model.prepare(config, [group_of(5, [[7], [8]], [None, None])], {})
 
 
+def test_ties_make_no_pair_and_are_counted() -> None:
+    """Ranks (0, 1, 1, 1) are three pairs and three ties; the dropped group's ties are not those of pairs."""
+    groups = [group_of(0, [[7], [8], [9], [10]], [0.0, 1.0, 1.0, 1.0]), group_of(1, [[7], [8]], [2.0, 2.0])]
+    batch, _ = reward_model.prepare(RewardModelConfig(name="reward_model"), groups, {})
+    measured = values(batch.metrics)
+    assert measured["pairs/ties"] == 3 and measured["groups/dropped"] == 1 and len(batch.rows) == 4
+
+
 def test_margins_come_from_the_data() -> None:
     """A column of numbers; one that is missing or no number is an error that names row and column."""
     group = group_of(0, [[7], [8]], [0.0, 1.0])

@@ -144,3 +144,10 @@ def test_long_answers_far_from_the_reference_stay_finite():
 def test_adaptive_coefficient(kl, expected):
     """G-AKL: target 6, horizon 10 000, 512 samples."""
     assert adaptive_coefficient(0.05, kl, 6.0, 512, 10_000.0) == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_step_turns_the_price_negative():
+    """The least factor, 1 - 0.2 samples / horizon, reaches 0 at five horizons a step."""
+    assert 0 < adaptive_coefficient(0.05, 0.0, 6.0, 499, 100.0) < 1e-3
+    with pytest.raises(ValueError, match="horizon of 100 for 500 samples a step: expected more than a fifth"):
+        adaptive_coefficient(0.05, 0.0, 6.0, 500, 100.0)

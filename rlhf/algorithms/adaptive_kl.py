@@ -2,8 +2,9 @@
 
     e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + e N / horizon)           arXiv 1909.08593, section 2.2
 
-KL, the mean over the step's N samples of the sum of k1, at the start of the step. beta is what the algorithm carries
-from step to step, so it is in every checkpoint; a step is trained at the beta that it began with.
+KL, the mean over the step's N samples of the sum of k1, at the start of the step; stale samples are not reweighted.
+beta is what the algorithm carries from step to step, so it is in every checkpoint; a step is trained at the beta that
+it began with.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +54,9 @@ def wrap(config: Config, build: Callable[[Config], Online]) -> Online:
         return TrainBatch(rows, batch.normalizer, measured), {**carried, COEF: moved}
 
     def loss(outputs: Outputs, batch: MicroBatch) -> LossSums:
-        # A filler's price is 0; so is its loss.
-        return at(float(batch.tokens[PRICE].max())).loss(outputs, batch)
+        prices = batch.tokens[PRICE]
+        # A filler's price is 0; so is its loss, and that of empty completions, which have no token to hold a price.
+        return at(float(prices.max()) if prices.numel() else 0.0).loss(outputs, batch)
 
     state = {**plain.initial_state, COEF: config.kl.coef}
     moving = plain._replace(initial_state=state, prepare=prepare)

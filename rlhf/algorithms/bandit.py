@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms import off_policy
+from rlhf.algorithms.pay import paid
 from rlhf.config import KlConfig, OnlineConfig, ReinforceConfig, RlooConfig
 from rlhf.experience import (
     ADVANTAGES,
@@ -80,9 +81,9 @@ def score(groups: Sequence[Group], config: OnlineConfig) -> list[Episode]:
             score = sample.scores[REWARD]
             if score is None:
                 continue
-            paid = _paid(score, sample, config)
+            worth = paid(score, sample, config)
             price = beta * float(k1(log_ratio(where, sample)).sum()) if beta else 0.0
-            episodes.append(Episode(group.prompt.id, group.prompt.token_ids, sample, score, paid, paid - price))
+            episodes.append(Episode(group.prompt.id, group.prompt.token_ids, sample, score, worth, worth - price))
     return episodes
 
 
@@ -247,13 +248,3 @@ def zero_groups(episodes: Sequence[Episode], sizes: Sequence[float]) -> Metric:
     for episode, size in zip(episodes, sizes, strict=True):
         largest[episode.prompt_id] = max(size, largest.get(episode.prompt_id, 0.0))
     return mean_of(float(size == 0.0) for size in largest.values())
-
-
-def _paid(score: float, sample: Sample, config: OnlineConfig) -> float:
-    """The judge's score within the clip, and after the rule for a completion that was cut at the length limit."""
-    if config.reward_clip is not None:
-        score = min(max(score, -config.reward_clip), config.reward_clip)
-    rule = config.missing_eos
-    if sample.finish_reason != "length":
-        return score
-    return rule.fixed_score if rule.fixed_score is not None else score - (rule.penalty or 0.0)

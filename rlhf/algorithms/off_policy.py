@@ -23,7 +23,8 @@ from rlhf.ops.microbatch import MicroBatch
 
 
 class Importance(NamedTuple):
-    """Weights for age and for drift, and where one of them was truncated; (B, T) all, without gradient."""
+    """Weights for age and for drift, and where one of them was truncated and not rejected; (B, T) all, without
+    gradient."""
 
     age: Tensor
     drift: Tensor
@@ -39,7 +40,8 @@ def weigh(config: OffPolicyConfig, logprobs: Tensor, batch: MicroBatch) -> Impor
     age = _weights(config, old - batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
     rejected = _rejected(config, old - batch.tokens[BEHAVIOR_LOGPROBS], batch.mask)
     drift = _weights(config, logprobs - old, batch.mask)
-    return Importance(torch.where(rejected, 0, age.weights), drift.weights, age.truncated | drift.truncated)
+    truncated = (age.truncated | drift.truncated) & ~rejected
+    return Importance(torch.where(rejected, 0, age.weights), drift.weights, truncated)
 
 
 def measure(config: OffPolicyConfig, rows: Sequence[Row]) -> Metrics:

@@ -33,7 +33,7 @@ def prepare(config: OnlineDpoConfig, groups: Sequence[Group], state: RunState) -
     scorable samples is dropped and counted.
     """
     pairs, parts = [], [preference.measure(groups)]
-    for candidates in preference.scored(groups, REWARD):
+    for candidates in preference.worth(preference.scored(groups, REWARD), config):
         if len(candidates.samples) < 2:
             parts.append({"groups/dropped": metrics.total(1)})
             continue

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms import bandit
-from rlhf.config import PreferenceLossConfig
+from rlhf.algorithms.pay import paid
+from rlhf.config import PaidConfig, PreferenceLossConfig
 from rlhf.experience import (
     BEHAVIOR_LOGPROBS,
     REF_LOGPROBS,
@@ -81,6 +82,22 @@ def scored(groups: Sequence[Group], column: str) -> list[Candidates]:
                 scores.append(score)
         found.append(Candidates(group.prompt, tuple(kept), torch.tensor(scores, dtype=torch.float64)))
     return found
+
+
+def worth(candidates: Sequence[Candidates], config: PaidConfig) -> list[Candidates]:
+    """The same with what the run file makes of their scores, `reward_clip` and `missing_eos`: what is compared."""
+    return [
+        group._replace(
+            scores=torch.tensor(
+                [
+                    paid(score, sample, config)
+                    for score, sample in zip(group.scores.tolist(), group.samples, strict=True)
+                ],
+                dtype=torch.float64,
+            )
+        )
+        for group in candidates
+    ]
 
 
 def pairs_of(candidates: Candidates, pairing: Pairing) -> tuple[list[Pair], Metrics]:

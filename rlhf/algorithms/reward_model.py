@@ -6,7 +6,9 @@ U prompts, K ranked answers each: a pair is K = 2. All pairs of a prompt are one
 forward pass an answer. r is the score at the last token of prompt and answer. The pairs and the loss: `ops.ranking`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +17,7 @@ from rlhf.algorithms import RunState, ScoreAlgorithm
 from rlhf.algorithms.ranked import answer_row, ranked_batch
 from rlhf.config import RewardModelConfig
 from rlhf.experience import RANK, Group, Row, TrainBatch
+from rlhf.metrics import total
 from rlhf.ops.microbatch import LossSums, MicroBatch, Scores
 from rlhf.ops.ranking import bradley_terry, centring, last_scores, ranked_pairs
 
@@ -32,10 +35,11 @@ def prepare(config: RewardModelConfig, groups: Sequence[Group], state: RunState)
     """One unit a group, its answers as rows with their ranks; pure, the order of groups is irrelevant.
 
     Left out and counted in groups/dropped: groups that teach nothing, because all ranks are equal, an answer is empty,
-    or two answers of different rank are the same tokens. Raises ValueError where a rank or a margin is missing.
+    or two answers of different rank are the same tokens. Answers of equal rank make no pair: pairs/ties. Raises
+    ValueError where a rank or a margin is missing.
     """
     rows: list[Row] = []
-    kept = 0
+    kept, ties = 0, 0
     for group in sorted(groups, key=lambda group: group.prompt.id):
         ranks = [_rank(group, index) for index in range(len(group.samples))]
         if not _is_a_preference(group, ranks):
@@ -44,7 +48,9 @@ def prepare(config: RewardModelConfig, groups: Sequence[Group], state: RunState)
         for sample, rank in zip(group.samples, ranks, strict=True):
             rows.append(answer_row(kept, group, sample, {RANK: rank, MARGIN: margin}))
         kept += 1
-    return ranked_batch(rows, len(groups) - kept), state
+        ties += sum(count * (count - 1) // 2 for count in Counter(ranks).values())
+    batch = ranked_batch(rows, len(groups) - kept)
+    return replace(batch, metrics={**batch.metrics, "pairs/ties": total(ties)}), state
 
 
 def loss(config: RewardModelConfig, outputs: Scores, batch: MicroBatch) -> LossSums:

@@ -43,7 +43,7 @@ def prepare(config: RsoConfig, groups: Sequence[Group], state: RunState) -> tupl
     Random numbers are addressed by the run's seed and the prompt's id, so the same groups give the same pairs. A prompt
     with fewer scorable candidates than are to be kept is dropped and counted.
     """
-    everyone = preference.scored(groups, REWARD)
+    everyone = preference.worth(preference.scored(groups, REWARD), config)
     beta = config.rejection.beta * reward_unit(config, everyone)
     pairs: list[Pair] = []
     parts: list[Metrics] = [preference.measure(groups), {"rejection/beta": metrics.last(beta)}]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.cli.preflight_rows import check_columns, check_reward, usable_rows
 from rlhf.cluster import Cluster
 from rlhf.colocation import OFFLOADING_STAGE, no_offload, no_sleep, turn_takers
-from rlhf.config import PpoConfig, RunConfig
+from rlhf.config import OffPolicyCorrected, PpoConfig, RunConfig
 from rlhf.data.examples import read_examples
 from rlhf.data.prompts import PromptSet
 from rlhf.data.records import load_rows
@@ -21,6 +21,7 @@ from rlhf.errors import BadInput
 from rlhf.generation.tensor_parallel import check_divisible, check_engine
 from rlhf.models.resolve import check_model, is_encoder_decoder, read_config
 from rlhf.models.score_head import check_language_model, check_reward_model
+from rlhf.passes import needs_old_logprobs
 from rlhf.planning.placement import placed_roles
 from rlhf.planning.shapes import BUILT_CONFIGS
 from rlhf.storage import Storage
@@ -64,6 +65,7 @@ def check_settings(config: RunConfig, cluster: Cluster) -> None:
         check_language_model(config.model.name, "model.name")
     if is_encoder_decoder(config.model.name):
         _check_encoder_decoder(config)
+    _check_off_policy(config)
     _check_room_for_prompts(config)
     _check_tensor_parallel(config, cluster)
 
@@ -218,6 +220,17 @@ def _check_encoder_decoder(config: RunConfig) -> None:
         raise BadInput(
             f"algorithm.name=pairwise_ranker: {name} is an encoder-decoder, and rankers read prompt and answers as one "
             "text; expected a decoder-only model"
+        )
+
+
+def _check_off_policy(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    if not isinstance(algorithm, OffPolicyCorrected) or needs_old_logprobs(config):
+        return
+    if algorithm.off_policy.reject != "none":
+        raise BadInput(
+            f"algorithm.off_policy.reject={algorithm.off_policy.reject} would do nothing: all samples are fresh, with "
+            "loop.max_staleness=0 and one optimizer step a step. Expected none, or algorithm.off_policy.fresh_too=true"
         )
 
 

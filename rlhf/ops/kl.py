@@ -35,7 +35,10 @@ def adaptive_coefficient(coefficient: float, kl: float, target: float, samples: 
 
         e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + e samples / horizon)     arXiv 1909.08593, section 2.2
 
-    The price is run state and belongs into the checkpoint.
+    The price is run state and belongs into the checkpoint. Raises ValueError for samples >= 5 horizon: one step could
+    turn the price negative, and leaving the reference would be paid for.
     """
+    if samples >= 5 * horizon:
+        raise ValueError(f"a horizon of {horizon:g} for {samples} samples a step: expected more than a fifth of them")
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coefficient * (1.0 + error * samples / horizon)
