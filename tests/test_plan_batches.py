@@ -122,6 +122,38 @@ def test_a_run_passes_and_steps_as_often_as_planned(
         assert [seen(passes) for passes in done] == [said(step) for step in expected]
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "units", "sequences"),
+    [
+        ("reward_model_tiny.yaml", [], 2, 8),
+        ("dpo_tiny.yaml", ["algorithm.compare=best_worst"], 2, 4),
+        ("dpo_tiny.yaml", ["algorithm.compare=all"], 12, 24),
+    ],
+)
+def test_a_row_of_four_ranked_answers_is_planned_as_it_is_trained(
+    config: str, settings: list[str], units: int, sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two rows a step: a reward model scores their answers in one unit each, DPO makes one or six pairs of them. The
+    reference reads each answer once, however often it is compared."""
+    data = tmp_path / "ranked.jsonl"
+    rows = [{"prompt": f"q{n}", "completions": ["a", "bb", "c c", "d"], "ranks": [3, 0, 1, 2]} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [f"data.path={data}", "data.heldout=0", "loop.num_steps=2", "loop.groups_per_step=2", "learner.engine=torch"]
+    assert main(["plan", str(ROOT / "configs" / config), *told, *settings, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    record = Record(monkeypatch)
+    arguments = [*told, *settings, "--in-process", "--run-dir", str(tmp_path / "run")]
+    assert main(["run", str(ROOT / "configs" / config), *arguments]) == 0
+    batches = planned["batches"]
+    assert (batches["units_per_step"], batches["sequences_per_step"]) == (units, sequences)
+    for trained, beside in record.units:
+        assert (len(trained), sum(map(len, trained)), beside) == (units, sequences, [])
+    if config == "dpo_tiny.yaml":
+        assert max(sum(count for count, _ in passes) for step in record.steps for passes in step) == sequences
+        assert len(record.units) == 2
+
+
 @pytest.mark.parametrize("learner", [{"minibatches": 3, "epochs": 2}, {"packing": True}, {"tokens_per_microbatch": 40}])
 def test_each_of_two_ranks_does_what_is_planned_for_it(
     learner: dict[str, Any],

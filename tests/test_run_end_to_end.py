@@ -118,6 +118,9 @@ def test_in_process_and_on_ray_end_with_the_same_parameters(workplace: Path, eng
     assert_bitwise_equal(policy(workplace / "ray", 4), policy(workplace / "local", 4))
     states = [critic(workplace / name, 4) for name in ("ray", "local")]
     assert_bitwise_equal(*states)
+    for name in ("ray", "local"):  # held out prompts are answered before the first step and after the last
+        times = [row["time/evaluate_s"] for row in rows(workplace / name)]
+        assert times[0] > 0 and not any(times[1:])
     assert bool(states[0]) == (algorithm == "ppo")
     assert [row["reward/mean"] for row in rows(workplace / "ray")] == [
         r["reward/mean"] for r in rows(workplace / "local")

@@ -135,6 +135,35 @@ def test_dpo_with_adapters_and_with_rewards_that_order_the_pairs(
     assert longer > 0 if how == "reward" else longer < 0
 
 
+def rankings(sign: int) -> list[dict[str, Any]]:
+    """Four answers a row: a sentence, a word twice, and a word given by two, which tie."""
+    rows = []
+    for animal in ANIMALS:
+        for colour, ranks in zip(COLOURS, ([0, 2, 1, 1], [0, 1, 3, 3], [-1, 9, 5, 5], [0, 2, 1, 1]), strict=True):
+            answers = [f"It is {colour}.", f"{colour} {colour}", animal, animal]
+            ranked = {"completions": answers, "ranks": [sign * rank for rank in ranks]}
+            rows.append({"prompt": f"What is the {animal}?", **ranked})
+    return rows
+
+
+def test_a_reward_model_learns_from_rankings(rlhf: Callable[..., tuple[int, str]], content: dict[str, Any]) -> None:
+    """Four answers a row, two of them equal in text and rank: five pairs and a tie. Held-out prompts are put in order;
+    with ranks turned round the same answers are put in the opposite order."""
+    orders = []
+    for name, sign in (("right", 1), ("wrong", -1)):
+        write_rows(Path("ranked.jsonl"), rankings(sign))
+        content["algorithm"], content["data"] = {"name": "reward_model"}, {"path": "ranked.jsonl", "heldout": 2}
+        content["learner"] = {"engine": "torch", "lr": 1e-3}
+        code, said = rlhf("--run-dir", name)
+        assert code == 0, said
+        steps = read_rows(Path(name) / "metrics.jsonl")
+        assert [row["pairs/ties"] for row in steps] == [8] * 6
+        before, after = (row["values"] for row in read_rows(Path(name) / "evaluations.jsonl"))
+        assert before["rewards/accuracies"] < 0.9 < after["rewards/accuracies"]
+        orders.append(after["rewards/margins"])
+    assert min(orders) > 0.5
+
+
 def test_dropped_rows_are_counted_where_people_look(
     rlhf: Callable[..., tuple[int, str]], content: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
