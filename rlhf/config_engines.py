@@ -16,8 +16,10 @@ class GenerationConfig(Section):
     temperature: float = Field(
         default=1.0, ge=0.01, le=100.0, description="softmax temperature, applied in every log-prob pass too"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="must be 1 in training: see the error")
-    top_k: NonNegativeInt = Field(default=0, description="must be 0 (all tokens) in training: see the error")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="only 1.0: an engine would renormalise over the kept tokens, the learner does not"
+    )
+    top_k: NonNegativeInt = Field(default=0, description="only 0 (all tokens), as with top_p")
     dtype: Dtype | None = Field(
         default=None, description="precision of the engine's weights; null: that of the learner"
     )
@@ -68,7 +70,9 @@ class LearnerConfig(Section):
     )
     lr: PositiveFloat = Field(default=1e-6, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
-    warmup_steps: NonNegativeInt = Field(default=0, description="optimizer steps in which the rate rises from 0")
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="optimizer steps in which the rate rises; it starts at lr / (warmup_steps + 1)"
+    )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="of AdamW")
     adam_betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
     adam_eps: PositiveFloat = Field(default=1e-8, description="of AdamW")

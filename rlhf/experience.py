@@ -1,4 +1,4 @@
-"""The one noun: a `Group` is a prompt, its samples, and the columns that judges fill in.
+"""The one noun: a `Group` is a prompt, its samples, and the columns that judges and the learner fill in.
 
 A rollout of n samples is a group of n, an offline preference pair is a group of two with ranks, a demonstration is a
 group of one. Every per-token column has the length of the sample's token ids. The loss mask travels with the sample
@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "given"]
 Origin = Literal["policy", "dataset"]
 
-# Names of columns. One word for one thing: see docs/architecture.md.
+# Names of columns. One word for one thing: see CONTRIBUTING.md.
 REWARD = "reward"  # score of a sample: a number, or None for "cannot score"
 RANK = "rank"  # score of a sample: 0 is preferred to 1
 REF_LOGPROBS = "ref_logprobs"  # token column: log-probabilities under the frozen reference
@@ -75,8 +75,8 @@ class Sample:
 
     token_ids (T,), the EOS included when it was emitted; loss_mask (T,), true where the policy is trained;
     behavior_logprobs (T,) float32 and versions (T,) int32, the policy version that sampled each token: both None for
-    data that no policy of this run sampled, which therefore never ages. `text` is what judges read. `scores` hold one
-    number (or None: "cannot score") a judge, `tokens` one (T,) array a judge."""
+    data that no policy of this run sampled, which therefore never ages. `text` is what judges read. By column
+    name: `scores`, a number (or None: "cannot score"), and `tokens`, a (T,) array."""
 
     index: int
     token_ids: Ids
@@ -122,7 +122,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What one judge says about one group: a score for each sample, or an array for each sample, by column name."""
+    """What a judge or the learner says about one group: by column name a score, or an array, for each sample."""
 
     prompt_id: int
     scores: Mapping[str, Sequence[float | None]]
@@ -154,7 +154,7 @@ class Group:
         return min(versions, default=None)
 
     def with_columns(self, columns: Columns) -> "Group":
-        """The same group with a judge's columns filled in (those of the same name are replaced)."""
+        """The same group with these columns filled in (those of the same name are replaced)."""
         if columns.prompt_id != self.prompt.id:
             raise ValueError(f"columns of prompt {columns.prompt_id} do not belong to prompt {self.prompt.id}")
         for name, column in [*columns.scores.items(), *columns.tokens.items()]:

@@ -167,8 +167,8 @@ class Learner(Protocol):
     def publish(self) -> Published: ...
 
     def save(self, folder: Path) -> None:
-        """Writes `policy/` (loads with from_pretrained) and `trainer/` (everything else) into an existing empty
-        folder."""
+        """Writes `policy/` (loads with from_pretrained), with LoRA `adapter/`, and `trainer/` (everything else) into an
+        existing empty folder."""
 
     def load(self, folder: Path | None) -> None:
         """Goes on from a checkpoint; with None, from the start of the run. Ranks that died are started anew before."""

@@ -2,7 +2,8 @@
 
 It knows no Ray and opens no tensor: groups, batches and weights are handles that it passes from one part to the next.
 Synchronous training is asynchronous training with `max_staleness` 0. An algorithm enters through `learner.prepare`
-(its credit assignment) and `learner.update` (its loss); both are in `rlhf/algorithms/<name>.py`."""
+(its credit assignment, in `rlhf/algorithms/<name>.py`) and `learner.update` (its loss, there or in a file that several
+share: `bandit`, `clipped`, `preference`)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,8 @@ class Stopwatch:
 def throughput(measured: Metrics, received: Metrics, clock: Stopwatch) -> Metrics:
     """Tokens trained a second of update, and sampled tokens of the step's groups a second that engines spent sampling.
 
-    With `max_staleness` above 0 an engine works for later steps too, so the second is right on average only.
+    With `max_staleness` above 0 the engines' seconds since the last step went into groups of later steps too: then the
+    second rate is off in a single step, and right over many.
     """
     rates = {}
     trained, lengths = measured.get("tokens/trained"), measured.get("completion/length_mean")

@@ -37,7 +37,8 @@ METRICS: dict[str, Meaning] = {
     "kl/k1": Meaning(
         "nats a completion",
         "mean",
-        "sum over tokens of log-prob minus reference log-prob: unbiased for the KL to the reference, may be below 0",
+        "sum over tokens of log-prob minus reference log-prob, may be below 0: unbiased for the KL to the reference "
+        "where samples are of the current weights (stale ones are not reweighted)",
     ),
     "kl/k3": Meaning(
         "nats a completion", "mean", "sum over tokens of exp(-d) - 1 + d, d as in k1: the same KL, never below 0"
@@ -177,7 +178,10 @@ METRICS: dict[str, Meaning] = {
         "k3 estimate of the KL from the samplers of the step (of any age) to the learner, before the first update",
     ),
     "off_policy/weight_mean": Meaning(
-        "-", "last", "mean importance weight for age after truncation and rejection; 1 where nothing was stale"
+        "-",
+        "last",
+        "mean importance weight for age after truncation and rejection; where nothing was stale 1 but for what engine "
+        "and learner compute differently. Not logged where no old log-probs are computed: there it is exactly 1",
     ),
     "off_policy/ess_fraction": Meaning(
         "share of tokens",

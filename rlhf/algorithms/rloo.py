@@ -1,10 +1,10 @@
 """RLOO: REINFORCE with a leave-one-out baseline, arXiv 2402.14740 ("Back to Basics").
 
     R_i = r_i - beta sum_t m_t d_t                                                              Eq 3
-    A_i = R_i - 1/(n-1) sum_{j != i} R_j;     gradient 1/n sum_i A_i grad log pi(y_i)           Eq 6
+    A_i = R_i - 1/(n-1) sum_{j != i} R_j;     gradient 1/N sum_i A_i grad log pi(y_i)           Eq 6
 
-The KL is in the reward, before the baseline. How rewards are shaped and what the loss is: `bandit`, shared with
-REINFORCE; the baseline: `ops.advantages.leave_one_out`.
+n samples of a prompt, N rows of a minibatch. The KL is in the reward, before the baseline. How rewards are shaped and
+what the loss is: `bandit`, shared with REINFORCE; the baseline: `ops.advantages.leave_one_out`.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlhf.ops.kl import k2, k3
 
-# Log-ratios beyond this many nats enter a clipped loss as this many: e^88 is beyond float32.
+# Log-ratios beyond this many nats enter a clipped loss as this many: e^20 is 5e8, far outside any clip. e^89 is beyond
+# float32, and infinity times an advantage of 0 is no number.
 LOG_RATIO_LIMIT = 20.0
 
 

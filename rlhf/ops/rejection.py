@@ -62,12 +62,13 @@ def with_replacement(probabilities: Tensor, count: int, generator: Generator) ->
 def paper(rewards: Tensor, count: int, beta: float, generator: Generator) -> Accepted:
     """Algorithm 1 of the paper: scans the remaining candidates again and again, each accepted at most once.
 
-        until `count` are accepted: r_max over the REMAINING; scan them in an order shuffled anew, accept with
-        probability exp((r - r_max) / beta), stop at `count`; take the accepted out
+        until `count` are accepted: r_max over the REMAINING; scan them, accept with probability
+        exp((r - r_max) / beta), stop at `count`; take the accepted out
 
     rewards (C,) -> indices (count,), all different. Not the target's distribution (without replacement, and r_max
-    falls), but no candidate is lost. beta 0: the `count` best. Raises ValueError when count is not in 1..C or beta is
-    below 0. Best first instead of shuffled, the scan would make this best-of-n.
+    falls), but no candidate is lost. Each scan is shuffled anew, which is this project's: the paper's listing scans in
+    the order given, and best first that would favour the best further. beta 0: the `count` best. Raises ValueError
+    when count is not in 1..C or beta is below 0.
     """
     _check(rewards, count, beta)
     if beta == 0:
