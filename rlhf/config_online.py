@@ -126,7 +126,8 @@ class OffPolicyConfig(Section):
     weight: Literal["token", "sequence", "none"] = Field(
         default="token",
         description="importance weight of a stale sample: each token's own ratio, that of its whole completion, or "
-        "none (a control for experiments); fresh samples have weight 1",
+        "none (a control for experiments); exactly 1 where no old log-probs are computed (loop.max_staleness 0, one "
+        "optimizer step, fresh_too false)",
     )
     cap: PositiveFloat = Field(default=2.0, description="a weight above this becomes this (truncation)")
     reject: Literal["none", "token", "sequence", "sequence_mean"] = Field(

@@ -105,9 +105,9 @@ def train_batch(
     kept: Sequence[Episode],
     advantages: Tensor,
 ) -> TrainBatch:
-    """One row a kept episode, its advantage on every token; the learner divides by the number of rows (Eq 6's 1/n).
+    """One row a kept episode, its advantage on every token; the learner divides by the number of rows, N.
 
-    advantages (N,) for N kept episodes. Empty and fully masked completions stay rows: they count in n and have no
+    advantages (N,) for N kept episodes. Empty and fully masked completions stay rows: they count in N and have no
     gradient.
     """
     columns = [
@@ -128,7 +128,7 @@ def rows(episodes: Sequence[Episode], columns: Sequence[Mapping[str, Floats]], k
     Raises ValueError when a sample was not drawn by a policy of this run.
     """
     # Columns must be the same in all rows: where only some samples have old log-probs, the others' sampler's stand in,
-    # which makes their importance weight 1.
+    # which makes their weight for age 1.
     with_old = any(OLD_LOGPROBS in episode.sample.tokens for episode in episodes)
     made = []
     for unit, (episode, own) in enumerate(zip(episodes, columns, strict=True)):
@@ -207,13 +207,19 @@ def measure(groups: Sequence[Group], scored: Sequence[Episode], kept: Sequence[E
     if scores:
         measured["reward/std"] = last(math.sqrt(float(np.var(np.array(scores, dtype=np.float64)))))
     if samples and all(REF_LOGPROBS in sample.tokens for _, sample in samples):
-        ratios = [log_ratio(where, sample) for where, sample in samples]
-        estimates = [k3(ratio, K3_CLAMP) for ratio in ratios]
-        measured["kl/k1"] = mean_of(float(k1(ratio).sum()) for ratio in ratios)
-        measured["kl/k3"] = mean_of(float(estimate.sum()) for estimate, _ in estimates)
-        clamped = sum(float(held.sum()) for _, held in estimates)
-        measured["kl/k3_clamped_fraction"] = mean(clamped, sum(len(ratio) for ratio in ratios))
+        measured |= kl_of([log_ratio(where, sample) for where, sample in samples])
     return measured
+
+
+def kl_of(ratios: Sequence[Tensor]) -> Metrics:
+    """The KL of a completion by two estimators, from the d_t of each sample's tokens, and how often k3 was held."""
+    estimates = [k3(ratio, K3_CLAMP) for ratio in ratios]
+    clamped = sum(float(held.sum()) for _, held in estimates)
+    return {
+        "kl/k1": mean_of(float(k1(ratio).sum()) for ratio in ratios),
+        "kl/k3": mean_of(float(estimate.sum()) for estimate, _ in estimates),
+        "kl/k3_clamped_fraction": mean(clamped, sum(len(ratio) for ratio in ratios)),
+    }
 
 
 def log_ratio(where: str, sample: Sample) -> Tensor:

@@ -30,7 +30,6 @@ from rlhf.experience import (
 )
 from rlhf.metrics import Metrics, last, mean_of, total
 from rlhf.ops import preferences
-from rlhf.ops.kl import k1, k3
 from rlhf.ops.logprobs import sequence_logprob
 from rlhf.ops.microbatch import LossSums, MicroBatch, Outputs
 from rlhf.ops.pairing import Pairing
@@ -191,8 +190,7 @@ def measure(groups: Sequence[Group]) -> Metrics:
             measured["reward/std"] = last(float(np.std(np.array(rewards, dtype=np.float64))))
     if samples and all(REF_LOGPROBS in s.tokens and s.behavior_logprobs is not None for _, s in samples):
         ratios = [bandit.log_ratio(where, sample) for where, sample in samples]
-        measured["kl/k1"] = mean_of(float(k1(ratio).sum()) for ratio in ratios)
-        measured["kl/k3"] = mean_of(float(k3(ratio, bandit.K3_CLAMP)[0].sum()) for ratio in ratios)
+        measured |= bandit.kl_of(ratios)
     return measured
 
 
@@ -215,9 +213,7 @@ def _reference(where: str, sample: Sample, reference: str) -> Floats:
         if sample.behavior_logprobs is None:
             raise ValueError(f"{where}: not sampled by a policy of this run, so its sampler cannot be the reference")
         return sample.behavior_logprobs
-    if reference not in sample.tokens:
-        raise ValueError(f"{where}: no column {reference!r}, only {sorted(sample.tokens)}")
-    return sample.tokens[reference]
+    return bandit.token_column(where, sample, reference)
 
 
 def _sides(logprobs: Tensor, batch: MicroBatch, *, with_reference: bool) -> tuple[Side, Side]:

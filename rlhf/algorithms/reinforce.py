@@ -1,6 +1,6 @@
 """REINFORCE with the whole completion as one action, arXiv 2402.14740, section 2.
 
-    R_i = r_i - beta sum_t m_t d_t;     A_i = R_i - c;     gradient 1/n sum_i A_i grad log pi(y_i)
+    R_i = r_i - beta sum_t m_t d_t;     A_i = R_i - c;     gradient 1/N sum_i A_i grad log pi(y_i)
 
 The baseline c is 0, the mean of all rewards R of EARLIER batches, which are run state, or the mean of this batch. How
 rewards are shaped and what the loss is: `bandit`, shared with RLOO.

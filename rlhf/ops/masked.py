@@ -17,14 +17,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the true positions: values (...), mask (...) bool -> scalar; 0 when the mask is false everywhere.
-
-    For figures to look at. A loss is never averaged here: the learner divides once by a global count.
-    """
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Values with mean 0 and biased standard deviation 1 over the true positions; 0 at the others.
 
