@@ -73,7 +73,10 @@ class ModelConfig(Section):
     """The policy; the reference and the rollout engines start as copies of it."""
 
     name: str = Field(description="`tiny`, `tiny-untied`, `tiny_t5`, `smollm2`, a hub name, or a local folder")
-    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the whole model")
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train low-rank adapters instead of the whole model; of a reward model or ranker the head, too",
+    )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         default="sdpa", description="attention implementation, the same in every log-prob pass"
     )
