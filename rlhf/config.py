@@ -55,7 +55,8 @@ TRAINED_ON: Mapping[str, RecordKind] = {
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (peft). The base stays frozen, and with the adapter off it is the reference."""
+    """Low-rank adapters (peft). The base stays frozen, and with the adapter off it is the reference. The head of a
+    reward model or ranker is trained whole beside them."""
 
     rank: PositiveInt = Field(default=16, description="rank of the adapters")
     alpha: PositiveFloat = Field(default=32, description="scale: the adapter's output is multiplied by alpha / rank")
@@ -73,7 +74,10 @@ class ModelConfig(Section):
     """The policy; the reference and the rollout engines start as copies of it."""
 
     name: str = Field(description="`tiny`, `tiny-untied`, `tiny_t5`, `smollm2`, a hub name, or a local folder")
-    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the whole model")
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train low-rank adapters instead of the whole model; of a reward model or ranker the head, too",
+    )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         default="sdpa", description="attention implementation, the same in every log-prob pass"
     )
@@ -270,6 +274,11 @@ class RunConfig(Section):
         return TRAINED_ON.get(self.algorithm.name, "prompts")
 
     @property
+    def trains_scores(self) -> bool:
+        """Whether what is trained has a scalar head in place of the language model's: a reward model or a ranker."""
+        return isinstance(self.algorithm, RewardModelConfig | PairwiseRankerConfig)
+
+    @property
     def mixed_records(self) -> RecordKind | None:
         """What the rows are that are trained on beside the policy's samples."""
         if self.mix is None:
@@ -331,7 +340,7 @@ class RunConfig(Section):
             raise ValueError("learner.zero_stage is DeepSpeed's: with learner.engine=torch nothing is sharded")
         if self.model.lora is not None and self.model.lora.base == "nf4" and self.learner.engine != "torch":
             raise ValueError("model.lora.base=nf4: DeepSpeed cannot hold a base in 4 bits; use learner.engine=torch")
-        if isinstance(self.algorithm, RewardModelConfig | PairwiseRankerConfig):
+        if self.trains_scores:
             self._fits_a_reward_model()
         if self.reward is not None and self.records == "prompts":
             self._fits_comparisons(self.reward)
@@ -391,8 +400,8 @@ class RunConfig(Section):
         return self
 
     def _fits_a_reward_model(self) -> None:
-        if self.model.lora is not None:
-            raise ValueError("model.lora: a reward model is trained whole, a new head would be frozen; leave it out")
+        if self.model.lora is not None and self.model.lora.base == "nf4":
+            raise ValueError("model.lora.base=nf4: reward models and rankers are not loaded in 4 bits; use plain")
         if self.learner.packing:
             raise ValueError("learner.packing: a reward model's rows are padded; use false")
         if self.records == "comparisons" and self.data.system_prompt is not None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,32 @@ def test_one_rank_in_bfloat16_follows_plain_torch(
     assert furthest(found["repeated"], found["went on"]) <= 2e-3
     assert values(found["skipped"])["faults/nonfinite_step"] == 1
     assert furthest(found["unharmed"], found["repeated"]) == 0
+
+
+@pytest.mark.slow
+def test_a_reward_model_with_adapters_follows_plain_torch(
+    tiny_run: Callable[..., RunConfig], steps: list[list[Group]], tmp_path: Path
+) -> None:
+    """ZeRO 2 on one rank: adapters and the whole head to 1e-6, and what is saved is taken back bit for bit."""
+
+    def config(learner: Mapping[str, Any]) -> RunConfig:
+        plain = tiny_run({"lora": {"rank": 4}}, {**LINEAR, **learner}, {}, {})
+        scores = {"algorithm": {"name": "reward_model"}, "generation": None, "reward": None}
+        return RunConfig.model_validate({**plain.model_dump(exclude_unset=True), **scores})
+
+    def ranked(group: Group) -> Group:
+        samples = (replace(sample, scores={"rank": float(sample.index)}) for sample in group.samples)
+        return replace(group, samples=tuple(samples))
+
+    ordered = [[ranked(group) for group in groups] for groups in (steps[0], steps[2], steps[0])]
+    weights, measured = in_one_process(config({}), ordered)
+    found = launch(RANK, config({"engine": "deepspeed", "zero_stage": 2}), ordered, 1, tmp_path)[0]
+    for mine, theirs in zip(found["weights"], weights, strict=False):
+        assert furthest(mine, theirs) <= TOLERANCE
+    assert furthest(found["weights"][0], weights[1]) > 10 * TOLERANCE, "control: the steps differ"
+    assert values(found["metrics"][1]) == pytest.approx(values(measured[1]), rel=1e-4, abs=1e-6)
+    assert found["loaded"].fingerprint == found["weights"][1].fingerprint
+    assert furthest(found["repeated"], found["went on"]) == 0
 
 
 @pytest.mark.slow

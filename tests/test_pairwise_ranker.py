@@ -227,7 +227,7 @@ def test_a_preference_for_a_place_is_taken_out_and_counted() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"name": "tiny", "lora": {"rank": 4}}}, "trained whole"),
+        ({"model": {"name": "tiny", "lora": {"base": "nf4"}}}, "not loaded in 4 bits"),
         ({"data": {"path": "x", "system_prompt": "be good"}}, "data.system_prompt would do nothing"),
         ({"learner": {"packing": True}}, "rows are padded"),
         ({"reward": {"function": "a:b"}}, "learns from the comparisons of data.path"),

@@ -107,8 +107,7 @@ def test_names_of_the_json_form(plan: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_roles_are_those_that_a_team_has(config: Path) -> None:
     """Against the blueprint that teams are built from, also with adapters, and without a frozen reference."""
-    trained_whole = ("reward_model_tiny.yaml", "pairwise_ranker_tiny.yaml")
-    cases = [[]] if config.name in trained_whole else [[], ["model.lora.rank=4"]]
+    cases = [[], ["model.lora.rank=4"]]
     cases += {"rloo_tiny.yaml": [["algorithm.kl.coef=0"]], "rso_tiny.yaml": [["algorithm.reference=sampler"]]}.get(
         config.name, []
     )

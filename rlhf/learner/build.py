@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import Dtype, LearnerConfig, PairwiseRankerConfig, PpoConfig, RewardModelConfig, RunConfig
+from rlhf.config import Dtype, LearnerConfig, LoraConfig, PpoConfig, RunConfig
 from rlhf.errors import BadInput
 from rlhf.learner.engine import Engine, TrainedModel
 from rlhf.learner.torch_engine import TorchEngine
-from rlhf.models.load import add_lora, load_model, load_tokenizer
+from rlhf.models.load import add_lora, add_lora_beside_head, load_model, load_tokenizer
 from rlhf.models.policy import PolicyModel
-from rlhf.models.score import ScoreModel, load_score_model, start_score_model
+from rlhf.models.score import ReadAt, ScoreModel, load_score_model, start_score_model
 
 
 def build_policy(config: RunConfig) -> PolicyModel:
@@ -24,10 +24,18 @@ def build_policy(config: RunConfig) -> PolicyModel:
 
 
 def build_scorer(config: RunConfig) -> ScoreModel:
-    """The reward model to train, on the CPU: a new head on a language model's trunk, or a reward model as it is."""
+    """The reward model to train, on the CPU: a new head on a language model's trunk, or a reward model as it is; whole,
+    or its frozen trunk with adapters, and its head."""
     model = start_score_model(config.model, config.learner.dtype, config.seed)
     _save_memory(model, config)
-    return ScoreModel(model, "token")
+    return _scorer(model, config.model.lora, config.seed, "token")
+
+
+def _scorer(model: PreTrainedModel, lora: LoraConfig | None, run_seed: int, read_at: ReadAt) -> ScoreModel:
+    whole = ScoreModel(model, read_at)  # refuses what is no trunk with one head
+    if lora is None:
+        return whole
+    return ScoreModel(add_lora_beside_head(model, whole.head_name, lora, run_seed), read_at)
 
 
 def _save_memory(model: PreTrainedModel, config: RunConfig) -> None:
@@ -40,8 +48,7 @@ def _save_memory(model: PreTrainedModel, config: RunConfig) -> None:
 def build_engine(config: RunConfig, rank: int, world_size: int, meeting_point: str | None) -> Engine:
     """The engine of this rank, which joins the ranks' process group where there is one. meeting_point is host:port of
     rank 0, None with one rank."""
-    scores = isinstance(config.algorithm, RewardModelConfig | PairwiseRankerConfig)
-    policy: TrainedModel = build_scorer(config) if scores else build_policy(config)
+    policy: TrainedModel = build_scorer(config) if config.trains_scores else build_policy(config)
     return _engine(policy, config.learner, "trainer", rank, world_size, meeting_point)
 
 

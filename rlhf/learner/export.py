@@ -10,7 +10,7 @@ from typing import TypeGuard, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rlhf.learner.engine import Engine
+from rlhf.learner.engine import Engine, trainable
 from rlhf.models.load import Tokenizer
 from rlhf.models.quantised import is_packed, unpacked
+from rlhf.models.score import ScoreModel
 
 _ADAPTER = "default"  # peft's name of the only adapter
 
@@ -94,20 +95,26 @@ def read_at_the_end(settings: PretrainedConfig, tokenizer: Tokenizer) -> Tokeniz
 
 
 def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
-    """The adapter alone, as peft loads it; nothing when the whole model is trained. Collective."""
+    """What was trained beside the frozen base, as peft loads it: the adapter, and with it the whole head of a model
+    that scores. Nothing when the whole model is trained. Collective."""
     model = engine.policy.model
     if not isinstance(model, PeftModel):
         return
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            with engine.gathered([parameter]):
-                if write:
-                    tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if write:
-        folder.mkdir(parents=True)
-        save_file(get_peft_model_state_dict(model, state_dict=tensors), folder / "adapter_model.safetensors")
-        model.peft_config[_ADAPTER].save_pretrained(str(folder))
+    adapter, head = {}, {}
+    for name, parameter in trainable(model):
+        with engine.gathered([parameter]):
+            if write:
+                kept = adapter if ".lora_" in name else head
+                kept[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if not write:
+        return
+    folder.mkdir(parents=True)
+    adapter = get_peft_model_state_dict(model, state_dict=adapter)
+    save_file(adapter | head, folder / "adapter_model.safetensors")
+    settings = copy.deepcopy(model.peft_config[_ADAPTER])
+    if isinstance(engine.policy, ScoreModel):  # peft then puts the head that is in the file in place of the base's
+        settings.task_type, settings.modules_to_save = TaskType.SEQ_CLS, [engine.policy.head_name]
+    settings.save_pretrained(str(folder))
 
 
 def _factor(adapters: nn.ModuleDict) -> nn.Parameter:

@@ -71,8 +71,28 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
     Adapters are float32 whatever the base; the base is frozen. Each A is drawn from a seed of its own name.
     Raises BadInput for a name in target_modules that is no layer (peft passes over it where another one is).
     """
+    return _adapted(model, lora, run_seed, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", ())
+
+
+def add_lora_beside_head(model: PreTrainedModel, head: str, lora: LoraConfig, run_seed: int) -> PeftModel:
+    """The same on the trunk of a model that scores; its head, a child of this name, is trained whole beside them.
+
+    The head of a language-model start is new, and what adapters of a frozen random one could learn is no score. It
+    stays where it is: peft's own modules_to_save would hold a second, frozen copy under other names.
+    """
+    own = model.get_submodule(head)
+    layers = tuple(f"{head}.{name}".removesuffix(".") for name, _ in own.named_modules())
+    adapted = _adapted(model, lora, run_seed, None, layers)
+    own.requires_grad_(True)
+    return adapted
+
+
+def _adapted(
+    model: PreTrainedModel, lora: LoraConfig, run_seed: int, task: str | None, untouched: tuple[str, ...]
+) -> PeftModel:
+    """untouched, layers that get no adapter whatever the settings say."""
     if isinstance(lora.target_modules, list):
-        layers = dict(model.named_modules())
+        layers = {name: layer for name, layer in model.named_modules() if name not in untouched}
         unknown = [part for part in lora.target_modules if not any(f".{name}".endswith(f".{part}") for name in layers)]
         if unknown:
             known = sorted({name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, nn.Linear)})
@@ -86,7 +106,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> PeftMod
         target_modules=lora.target_modules,
         lora_dropout=0.0,
         bias="none",
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        task_type=task,
+        exclude_modules=list(untouched) or None,
     )
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced

@@ -11,6 +11,7 @@ import math
 from typing import Literal, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -31,7 +32,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 class ScoreModel(nn.Module):
-    """Scores at chosen positions under a trunk with one linear head of one output.
+    """Scores at chosen positions under a trunk, with or without adapters, with one linear head of one output.
 
     Of an encoder-decoder, encoder and decoder both read the whole sequence and the head may have two layers, as in
     transformers; such a model scores whole answers and is no critic.
@@ -40,25 +41,25 @@ class ScoreModel(nn.Module):
     no position_ids), or when its own forward pass gives another score for the probe sequence.
     """
 
-    def __init__(self, model: PreTrainedModel, read_at: ReadAt) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, read_at: ReadAt) -> None:
         super().__init__()
         self.model = model
         self._shift = 1 if read_at == "token" else 0
-        name = type(model).__name__
-        trunk = model.base_model
-        heads = [(key, child) for key, child in model.named_children() if child is not trunk and _has_weights(child)]
-        self._reads_twice = bool(model.config.is_encoder_decoder)
+        base = self.base
+        name, trunk = type(base).__name__, base.base_model
+        heads = [(key, child) for key, child in base.named_children() if child is not trunk and _has_weights(child)]
+        self._reads_twice = bool(base.config.is_encoder_decoder)
         if self._reads_twice and read_at == "predictor":
             raise BadInput(
                 f"{name} is an encoder-decoder: its encoder has seen the whole answer, so it cannot say what to expect "
                 "before a token. PPO needs a decoder-only model; use rloo, or another algorithm without a critic"
             )
         last = _last_layer(heads[0][1]) if len(heads) == 1 else None
-        if trunk is model or last is None or (last is not heads[0][1] and not self._reads_twice):
+        if trunk is base or last is None or (last is not heads[0][1] and not self._reads_twice):
             shown = ", ".join(f"{key} ({type(child).__name__})" for key, child in heads) or "nothing"
             raise BadInput(f"{name} has {shown} beside its trunk; expected one linear head and nothing between the two")
-        self._trunk_name = model.base_model_prefix
-        self._head_name = heads[0][0]
+        self._trunk_name = base.base_model_prefix
+        self.head_name = heads[0][0]
         outputs = last.out_features
         if outputs != 1:
             raise BadInput(f"the head of {name} has {outputs} outputs; expected 1 (num_labels=1)")
@@ -68,12 +69,12 @@ class ScoreModel(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model."""
-        return self.model
+        """The transformers model; its layers hold the adapters where there are any."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_submodule(self._head_name)
+        return self.base.get_submodule(self.head_name)
 
     def forward(
         self,
@@ -86,9 +87,9 @@ class ScoreModel(nn.Module):
     ) -> tuple[Tensor]:
         """scores (N,) float32 with gradient; arguments as in ModelInputs, of which targets and temperature are not
         read."""
-        trunk = self.model.get_submodule(self._trunk_name)
+        trunk = self.base.get_submodule(self._trunk_name)
         if self._reads_twice:
-            states = whole_in_both(trunk, input_ids, attention_mask, start_token(self.model.config))
+            states = whole_in_both(trunk, input_ids, attention_mask, start_token(self.base.config))
         else:
             states = trunk(
                 input_ids=input_ids,
@@ -103,7 +104,7 @@ class ScoreModel(nn.Module):
     @torch.no_grad()
     def _check(self) -> None:
         """The score of the probe's last token, here and by the model's own forward pass."""
-        settings = self.model.config
+        base, settings = self.base, self.base.config
         inputs = probe_inputs(settings)
         ids = inputs.input_ids.clone()
         if self._reads_twice:  # the model itself reads at the last EOS
@@ -113,16 +114,16 @@ class ScoreModel(nn.Module):
             if pad is not None and int(ids[0, -1]) == pad:
                 ids[0, -1] = (pad + 1) % settings.vocab_size
         last = torch.tensor([ids.shape[1] - 1 - self._shift])
-        probe = inputs._replace(input_ids=ids, predictors=last).to(self.model.device)
+        probe = inputs._replace(input_ids=ids, predictors=last).to(base.device)
         mine = self(*probe)[0]
-        theirs = self.model(input_ids=probe.input_ids, use_cache=False).logits.float().reshape(-1)
+        theirs = base(input_ids=probe.input_ids, use_cache=False).logits.float().reshape(-1)
         if not bool(mine.isfinite().all()):
-            raise BadInput(f"the score of {type(self.model).__name__} is {float(mine[0])}: its weights are broken")
+            raise BadInput(f"the score of {type(base).__name__} is {float(mine[0])}: its weights are broken")
         difference = float((mine - theirs).abs().max())
         scale = max(1.0, float(theirs.abs().max()))
-        if theirs.numel() != 1 or not difference <= _TOLERANCE[self.model.dtype] * scale:
+        if theirs.numel() != 1 or not difference <= _TOLERANCE[base.dtype] * scale:
             raise BadInput(
-                f"the score of {type(self.model).__name__} is not its head on the last token's state (scores differ by "
+                f"the score of {type(base).__name__} is not its head on the last token's state (scores differ by "
                 f"{difference:.3g}); such models are not supported"
             )
 

@@ -160,16 +160,22 @@ def trainer_parts(
     ]
 
 
-def critic_parts(shape: Shape, learner: LearnerConfig, ranks: int, passes: Passes) -> list[Part]:
-    """The critic on one rank: trained whole, in the policy's micro-batches, with a scalar head."""
-    states, passing = training(shape.scoring_parameters, 0, learner, ranks, gpu=passes.gpu)
+def head_parts(shape: Shape, lora: LoraConfig | None, learner: LearnerConfig, ranks: int, passes: Passes) -> list[Part]:
+    """A model with a scalar head on one rank, as it is trained: a critic, in the policy's micro-batches, a reward model
+    or a ranker. Beside adapters the head is trained whole."""
+    trained, frozen = shape.scoring_parameters, 0
     activations = passes.tokens * activation_bytes(shape, learner.dtype, passes)
-    trained = shape.scoring_parameters
+    if lora is not None:
+        frozen = shape.scoring_parameters - shape.head_parameters
+        trained = shape.adapter_parameters(lora.rank, lora.target_modules) + shape.head_parameters
+        activations += passes.tokens * _adapter_activation_bytes(shape, lora, learner.dtype)
+    states, passing = training(trained, frozen, learner, ranks, gpu=passes.gpu)
+    embedding = 0.0 if lora is not None else WIDTH[learner.dtype] * shape.embedding
     return [
         *_held(states),
         Part("gradients of a pass", passing, "update", "device"),
         Part("activations", activations, "update", "device"),
-        Part("gradient of the embedding", WIDTH[learner.dtype] * shape.embedding, "update", "device"),
+        Part("gradient of the embedding", embedding, "update", "device"),
         Part("AdamW's step", _step_bytes(trained, shape, learner, ranks, passes), "step", "device"),
     ]
 
@@ -300,6 +306,7 @@ def transformers_parts(shape: Shape, dtype: Dtype, samples: int, sequence: int, 
     ]
 
 
-def published_bytes(shape: Shape, learner: LearnerConfig) -> int:
-    """A version in the object store: the whole model in the precision of the passes, adapters merged."""
-    return WIDTH[learner.dtype] * shape.parameters
+def published_bytes(shape: Shape, learner: LearnerConfig, *, scores: bool) -> int:
+    """A version in the object store: the whole model in the precision of the passes, adapters merged. scores, whether
+    it has a scalar head."""
+    return WIDTH[learner.dtype] * (shape.scoring_parameters if scores else shape.parameters)

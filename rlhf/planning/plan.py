@@ -62,6 +62,11 @@ class Given:
         return replace(self.gpu, flops=flops, bytes_per_s=role.processes * self.gpu.bytes_per_s)
 
     @property
+    def published(self) -> int:
+        """Bytes of a version."""
+        return memory.published_bytes(self.models.policy, self.config.learner, scores=self.config.trains_scores)
+
+    @property
     def sampler_dtype(self) -> Dtype:
         generation = self.config.generation
         return (generation.dtype if generation is not None else None) or self.config.learner.dtype
@@ -115,7 +120,7 @@ def make_plan(given: Given) -> Plan:
     roles = placed_roles(config, cluster)
     arithmetic = batches(config, cluster.trainer.replicas, given.lengths, given.data)
     held = tuple(_memory_of(given, placed) for placed in roles)
-    published = memory.published_bytes(given.models.policy, config.learner)
+    published = given.published
     samples = config.records == "prompts"
     stored = (2 if samples else 1) * published
     turns = tuple(_turns(cluster, roles, held))
@@ -176,10 +181,13 @@ def _parts(given: Given, placed: Placed, *, on_gpu: bool) -> list[Part]:
     config, models = given.config, given.models
     if placed.role == "trainer":
         passes = _passes(given, placed.replicas, gpu=on_gpu)
+        if config.trains_scores:
+            own = memory.head_parts(models.policy, config.model.lora, config.learner, placed.replicas, passes)
+            return [*own, Part("published copy (rank 0)", given.published, "publish", "host")]
         return memory.trainer_parts(models.policy, config.model.lora, config.learner, placed.replicas, passes)
     if placed.role == "critic" and models.critic is not None:
         passes = _passes(given, placed.replicas, gpu=on_gpu)
-        return memory.critic_parts(models.critic, config.learner, placed.replicas, passes)
+        return memory.head_parts(models.critic, None, config.learner, placed.replicas, passes)
     if placed.role == "rollout":
         return _engine_parts(given, given.gpu if on_gpu else None)
     budget = min(config.learner.tokens_per_microbatch, _group_tokens(given))
@@ -210,7 +218,7 @@ def _engine_parts(given: Given, gpu: Device | None) -> list[Part]:
     config, shape = given.config, given.models.policy
     generation = config.generation
     assert generation is not None  # a run with rollout engines has it
-    published = memory.published_bytes(shape, config.learner)
+    published = given.published
     if generation.engine == "transformers":
         sequence = given.lengths.prompt + given.lengths.longest
         samples = config.algorithm.samples_per_prompt
@@ -237,6 +245,8 @@ def _update_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
     config, lengths = given.config, given.lengths
     recompute = config.model.gradient_checkpointing
     flops = times.sequence_flops(given.models.policy, lengths.prompt, lengths.mean)
+    if config.trains_scores:  # its head's one output is nothing beside the trunk
+        flops = times.Flops(flops.trunk, 0.0)
     policy, critic = times.training_flops(flops, adapters=config.model.lora is not None, recompute=recompute), 0.0
     if given.models.critic is not None:
         trunk = times.Flops(times.sequence_flops(given.models.critic, lengths.prompt, lengths.mean).trunk, 0.0)
@@ -375,7 +385,7 @@ def _annotate_flops(given: Given, arithmetic: Batches) -> tuple[float, float]:
 def _sync_seconds(given: Given) -> float:
     """Packing and hashing on rank 0; hashing and loading in every engine at once; the way between nodes, one copy an
     engine. Nobody takes the weights of a run on data, but they are published."""
-    size = memory.published_bytes(given.models.policy, given.config.learner)
+    size = given.published
     machine, engines = given.machine, given.cluster.rollout.replicas
     pack = size / machine.hashed_per_s + 2 * size / machine.bytes_per_s
     if given.config.generation is None:
