@@ -197,7 +197,7 @@ def test_expected_gradient_of_each_estimator_is_that_of_the_exact_kl_over_five_t
     """Expectation by enumeration (5 tokens, 25 completions) against autograd of the exact KL, every logit to 1e-12.
 
     k1 in the reward and k2 as a loss: the reverse KL of whole completions. k3 as a loss: the forward KL. It and the
-    tokens' k2 take it token by token, so that of two tokens the prefixes stay the policy's. Control: the other direction.
+    tokens' k2 take it token by token, so that of two tokens the prefixes stay the policy's. Control: the other KL.
     """
     one = sequences(length)
     mask = torch.ones_like(one.logprobs, dtype=torch.bool)
@@ -218,8 +218,8 @@ def test_k1_as_a_loss_has_no_expected_gradient_over_five_tokens(length: int) -> 
 
 def test_forward_kl_of_completions_is_not_what_k3_of_tokens_pulls_along() -> None:
     """Two tokens: k3 reads the reference along prefixes of the POLICY, the completions' forward KL along its own."""
-    one = sequences(2)
-    (tokens,) = torch.autograd.grad(k3_as_a_loss(one, torch.ones(25, 2, dtype=torch.bool)), one.logits, retain_graph=True)
+    one, mask = sequences(2), torch.ones(25, 2, dtype=torch.bool)
+    (tokens,) = torch.autograd.grad(k3_as_a_loss(one, mask), one.logits, retain_graph=True)
     (whole,) = torch.autograd.grad(of_sequences(one, forward=True), one.logits)
     assert torch.allclose(tokens[0], whole[0], atol=1e-12) and not torch.allclose(tokens[1:], whole[1:], atol=0.01)
 
