@@ -175,7 +175,7 @@ def by_trl(name: str, policy: PreTrainedModel, reference: PreTrainedModel) -> Te
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_value_and_every_gradient_are_those_of_trl(name: str) -> None:
-    """Four pairs; also that something is learnt, and that chosen and rejected swapped would be another loss."""
+    """Four pairs, one of them stored with the rejected completion first; gradients of nothing would agree, too."""
     ours, reference = models()
     theirs, their_reference = copy.deepcopy(ours), copy.deepcopy(reference)
     mine, expected = by_us(name, ours, reference), by_trl(name, theirs, their_reference)
