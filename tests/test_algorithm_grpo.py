@@ -252,6 +252,18 @@ def test_missing_eos(make_group, rule, expected):
     assert measured["reward/mean"] == 2.5 and measured["completion/unfinished_fraction"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [({}, [10.0, -10.0]), ({"penalty": 3.0}, [7.0, -13.0]), ({"fixed_score": -20.0}, [-20.0, -20.0])],
+)
+def test_reward_clip_is_applied_before_the_rule_for_a_missing_end(make_group, rule, expected):
+    """Scores 25 and -25, cut both, held within 10: what the rule says comes off the held score, and is not held."""
+    group = make_group(0, [25.0, -25.0], [1, 1], {}, {})
+    cut = replace(group, samples=tuple(replace(sample, finish_reason="length") for sample in group.samples))
+    config = ReinforceConfig(name="reinforce", baseline="none", kl=FREE, reward_clip=10.0, missing_eos=rule)
+    assert advantage_of(build(config).prepare([cut], {})[0]) == expected
+
+
 def test_missing_eos_does_not_score_what_the_judge_could_not(make_group):
     """None stays None; and the two rules exclude each other, with both keys in the message."""
     group = make_group(0, [2.0, None], [1, 1], {}, {})

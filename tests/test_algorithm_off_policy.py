@@ -1,5 +1,6 @@
 """`algorithm.off_policy` in every policy-gradient algorithm: what it weighs, what it leaves out, what it logs, and
-which settings it refuses. The maths are in test_ops_importance. Not covered: the learner, ranks."""
+which settings it refuses; the KL loss is weighed as the policy's is. The maths are in test_ops_importance. Not covered:
+the learner, ranks."""
 
 import math
 from pathlib import Path
@@ -121,6 +122,84 @@ def test_the_drift_within_a_step_is_weighed_at_the_same_level(make_group, divide
     moved = [torch.tensor([-1 + math.log(1.5), -1 + math.log(2.0)], requires_grad=True), torch.full((2,), -1.0)]
     divided_loss(algorithm, batch, moved, 1000, 1)[0].backward()
     assert moved[0].grad.tolist() == pytest.approx([-3.0, -3.0], abs=1e-5)
+
+
+# --- the KL as a loss: equal rewards give no credit, so that its gradient is alone
+
+OLD, REF = -2.0, np.array([[-2.3, -1.5], [-1.8, -2.9]])
+DRIFT = np.array([[math.log(1.2), math.log(0.5)], [0.0, math.log(1.25)]])  # of the policy, since the start of the step
+PRICED = {"rloo": ({"name": "rloo"}, 2), "grpo": ({"name": "grpo", "aggregation": "token_mean"}, 4)}  # divided by
+
+
+def kl_gradients(make_group, divided_loss, name, kl, settings):
+    """The gradient at each of the four stale tokens, times what the learner divides by."""
+    keys, divisor = PRICED[name]
+    config = ALGORITHMS[name](**keys, kl={"place": "loss", **kl}, off_policy=settings)
+    columns = {"behavior_logprobs": [[OLD - d for d in row] for row in DIFFERENCES], "old_logprobs": [[OLD] * 2] * 2}
+    algorithm = build(config)
+    batch, _ = algorithm.prepare([make_group(0, [1.0, 1.0], [2, 2], {**columns, "ref_logprobs": REF}, {})], {})
+    logprobs = [torch.tensor(row, dtype=torch.float32, requires_grad=True) for row in OLD + DRIFT]
+    divided_loss(algorithm, batch, logprobs, 1000, 1)[0].backward()
+    return divisor * np.array([row.grad.tolist() for row in logprobs])
+
+
+@pytest.mark.parametrize("name", list(PRICED))
+@pytest.mark.parametrize("estimator", ["k2", "k2_token", "k3"])
+@pytest.mark.parametrize(
+    ("settings", "age", "drift"),
+    [
+        ({"weight": "none"}, [[1, 1], [1, 1]], [[1, 1], [1, 1]]),
+        ({}, [[1.5, 2], [0.4, 1]], [[1.2, 0.5], [1, 1.25]]),
+        ({"cap": 10.0}, [[1.5, 3], [0.4, 1]], [[1.2, 0.5], [1, 1.25]]),
+        ({"weight": "sequence"}, [[2, 2], [0.4, 0.4]], [[0.6, 0.6], [1.25, 1.25]]),
+        ({"reject": "token", "high": 2.0}, [[1.5, 0], [0, 1]], [[1.2, 0.5], [1, 1.25]]),
+        ({"weight": "none", "reject": "sequence"}, [[1, 1], [0, 0]], [[1, 1], [1, 1]]),
+    ],
+)
+def test_the_kl_loss_weighs_a_token_by_its_age_and_its_drift(
+    make_group, divided_loss, name, estimator, settings, age, drift
+):
+    """Slopes by hand: S (k2 of the sum), d (of the token) and 1 - e^-d (k3), times both weights and the price."""
+    distance = OLD + DRIFT - REF
+    slopes = {
+        "k2": np.repeat(distance.sum(1, keepdims=True), 2, axis=1),
+        "k2_token": distance,
+        "k3": 1 - np.exp(-distance),
+    }
+    found = kl_gradients(make_group, divided_loss, name, {"coef": 0.3, "loss_estimator": estimator}, settings)
+    assert found == pytest.approx(0.3 * np.array(age) * np.array(drift) * slopes[estimator], abs=1e-5)
+    assert kl_gradients(make_group, divided_loss, name, {"coef": 0.0}, settings) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", list(PRICED))
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_loss_of_stale_samples_has_the_policys_own_kl_gradient(make_group, divided_loss, name, estimator):
+    """Three actions drawn by a sampler (.7,.2,.1), the policy is (.4,.35,.25): in expectation the gradient is that of
+    the policy's exact KL, reverse for k2 and forward for k3, by autograd. Control: fresh samples of it would give
+    another."""
+    sampler, policy = (torch.tensor(p, dtype=torch.float64) for p in ([0.7, 0.2, 0.1], [0.4, 0.35, 0.25]))
+    reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    logits = policy.log().requires_grad_()
+    own = logits.log_softmax(0)
+    forward = (reference * (reference.log() - own)).sum()
+    exact = forward if estimator == "k3" else (own.exp() * (own - reference.log())).sum()
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+
+    def found(cap: float) -> list[float]:
+        kl = {"place": "loss", "coef": 1.0, "loss_estimator": estimator}
+        config = ALGORITHMS[name](**PRICED[name][0], kl=kl, off_policy={"cap": cap})
+        told = {"behavior_logprobs": sampler, "old_logprobs": policy, "ref_logprobs": reference}
+        columns = {key: p.log()[:, None].tolist() for key, p in told.items()}
+        algorithm = build(config)
+        batch, _ = algorithm.prepare([make_group(0, [1.0] * 3, [1] * 3, columns, {})], {})
+        logprobs = [torch.tensor([float(p.log())], requires_grad=True) for p in policy]
+        divided_loss(algorithm, batch, logprobs, 1000, 1)[0].backward()
+        # Three rows, or three tokens, is what the sum was divided by.
+        slopes = 3 * torch.tensor([float(row.grad) for row in logprobs], dtype=torch.float64)
+        return torch.autograd.grad((sampler * slopes * own).sum(), logits, retain_graph=True)[0].tolist()
+
+    assert found(10.0) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found(1e-6) != pytest.approx(expected.tolist(), abs=0.02)
 
 
 @pytest.mark.parametrize(

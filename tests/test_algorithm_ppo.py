@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -85,6 +86,28 @@ def test_scaled_rewards_keep_their_mean(make_group: Callable[..., Group]) -> Non
         batch, _ = ppo(lam=1.0, whiten_rewards=scaled).prepare([group], {})
         totals.append([row[0] for row in column(batch, RETURNS)])
     assert sum(totals[0]) == pytest.approx(sum(totals[1]), abs=1e-5) and totals[0] != totals[1]
+
+
+def test_scaled_rewards_are_divided_by_their_deviation_around_their_mean(make_group: Callable[..., Group]) -> None:
+    """By hand: the rewards of four tokens are 4 | 0 0 4, mean 2 and deviation 2, so 3 | 1 1 3; padding is no token.
+    With a price of .5 and d = 2, 0, 0, -4 they are 3 | 0 0 6, mean 2.25 and deviation sqrt(6.1875). Lambda 1 and
+    values 0: returns are what is still to come, and so are advantages."""
+    columns = {
+        "values": [[0.0], [0.0] * 3],
+        "old_logprobs": [[-1.0], [-1.0] * 3],
+        "ref_logprobs": [[-3.0], [-1.0, -1.0, 3.0]],
+    }
+    group = make_group(0, [4.0, 4.0], [1, 3], columns, {})
+    low, middle, high = (2.25 + (reward - 2.25) / 6.1875**0.5 for reward in (0.0, 3.0, 6.0))
+    for kl, expected in [
+        (FREE, [[3.0], [5.0, 4.0, 3.0]]),
+        ({"coef": 0.5}, [[middle], [2 * low + high, low + high, high]]),
+    ]:
+        batch, _ = ppo(lam=1.0, whiten_rewards=True, kl=kl).prepare([group], {})
+        for name in (RETURNS, ADVANTAGES):
+            assert [x for row in column(batch, name) for x in row] == pytest.approx(
+                [x for row in expected for x in row], abs=1e-5
+            )
 
 
 def test_a_row_does_not_depend_on_the_others(make_group: Callable[..., Group]) -> None:
@@ -194,6 +217,80 @@ def test_the_ratio_of_the_first_minibatch_is_exactly_one(
     again = make({"epochs": 3, "lr": 1e-2}, {}, {"critic": {"lr": 1e-2, "value_clip": 0.01}})
     moved = values(again.update(prepared(again, groups)))
     assert moved["clip/above_fraction"] + moved["clip/below_fraction"] > 0 and moved["clip/value_fraction"] > 0
+
+
+def vanilla() -> dict[str, Any]:
+    """The algorithm of its run file, without a price of the KL."""
+    content = yaml.safe_load((ROOT / "configs" / "vanilla_pg_tiny.yaml").read_text())
+    return {**content["algorithm"], "kl": FREE}
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_vanilla_policy_gradient_is_reinforce_with_the_critics_baseline(
+    make: Callable[..., PairedLearner], groups: list[Group], whitened: bool
+) -> None:
+    """The gradient that reaches the policy's optimizer against autograd of -mean_t A_t log pi_t on the transformers
+    model, with A = GAE(1) of the same critic: what is still to be paid, the score, less V; whitened as the run file
+    says. Control: lambda .95 is another gradient."""
+    settings = {**vanilla(), "whiten_advantages": whitened, "off_policy": {"weight": "none"}}
+
+    def reached(algorithm: dict[str, Any]) -> dict[str, Tensor]:
+        learner = make({}, {}, algorithm)
+        engine, step = learner.policy._engine, learner.policy._engine.step
+        found: dict[str, Tensor] = {}
+
+        def note(lr: float) -> Any:
+            found.update({name: p.grad.clone() for name, p in engine.policy.base.named_parameters()})
+            return step(lr)
+
+        engine.step = note
+        learner.update(prepared(learner, groups))
+        return found
+
+    learner = make({}, {}, settings)
+    policy, critic = learner.policy._engine.policy.base, learner.critic._engine.policy.base
+    said, credit = [], []
+    for group in groups:
+        for sample in group.samples:
+            ids = torch.from_numpy(np.append(group.prompt.token_ids, sample.token_ids).astype(np.int64))
+            before = slice(len(group.prompt.token_ids) - 1, len(ids) - 1)
+            logprobs = (policy(input_ids=ids[None]).logits[0] / 0.7).log_softmax(-1)
+            said.append(logprobs[before].gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0])
+            with torch.no_grad():
+                values_of = critic.score(critic.model(input_ids=ids[None]).last_hidden_state)[0, before, 0]
+            score = sample.scores["reward"]
+            assert score is not None
+            credit.append(score - values_of)
+    advantages = torch.cat(credit)
+    if whitened:
+        advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+    (-(advantages * torch.cat(said)).mean()).backward()
+    found, other = reached(settings), reached({**settings, "lam": 0.95})
+    expected = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5 * max(1, largest)) for name in expected)
+    assert any(not torch.allclose(other[name], expected[name], atol=1e-3 * largest) for name in expected)
+
+
+def test_vanilla_policy_gradient_clips_nothing_however_far_the_ratio_is(
+    make_group: Callable[..., Group], divided_loss: Callable[..., Any]
+) -> None:
+    """Ratios e^5 and e^-5 with credit of both signs: the slope of every token is -A rho / 4. PPO's clip of .2, the
+    control, leaves no gradient at two of them."""
+    old = [[-6.0] * 2] * 2
+    columns = {"values": [[0.0] * 2] * 2, "old_logprobs": old, "behavior_logprobs": old}
+    group = make_group(0, [1.0, -1.0], [2, 2], columns, {})
+
+    def slopes(settings: dict[str, Any]) -> list[float]:
+        algorithm = ppo(**{key: value for key, value in settings.items() if key not in ("name", "whiten_advantages")})
+        moved = [torch.tensor([-1.0, -11.0], requires_grad=True) for _ in range(2)]
+        divided_loss(algorithm, algorithm.prepare([group], {})[0], moved, 1000, 1)[0].backward()
+        return [x for row in moved for x in row.grad.tolist()]
+
+    up, down = np.exp(5.0), np.exp(-5.0)
+    assert slopes(vanilla()) == pytest.approx([-up / 4, -down / 4, up / 4, down / 4], rel=1e-4)
+    clipped = slopes({"lam": 1.0})
+    assert [x == 0 for x in clipped] == [True, False, False, True]
 
 
 def test_values_are_read_before_the_token_and_packing_does_not_matter(

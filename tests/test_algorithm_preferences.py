@@ -25,6 +25,7 @@ from rlhf.metrics import values
 from rlhf.models.load import load_model
 from rlhf.models.policy import PolicyModel
 from rlhf.ops.microbatch import MicroBatch, Outputs
+from rlhf.seeding import seed_for
 
 EXTRA = {"conservative": {"label_noise": 0.1}, "robust": {"label_noise": 0.1}, "simpo": {"target_margin": 0.5}}
 NAMES = [
@@ -246,6 +247,30 @@ def test_rso_draws_by_address(make_group: Callable[..., Group]) -> None:
     alone = [[length for _, length in tokens_of(algorithm.prepare([group], {})[0])] for group in groups]
     assert [length for part in alone for length in part] == [length for _, length in whole]
     assert len({tuple(part) for part in alone}) > 1
+
+
+def test_rso_draws_anew_for_each_run_seed_prompt_and_issue(make_group: Callable[..., Group]) -> None:
+    """The seeds of samples are addresses in a run, of its seed and of a prompt's id, which a step never issues twice.
+    All else equal, other addresses keep other candidates (a hot target), and pair the same ones otherwise (beta 0
+    keeps the best four); the same address draws the same."""
+
+    def issued(run_seed: int, prompt_id: int) -> Group:
+        group = candidates(make_group, prompt_id, [float(i) for i in range(8)])
+        seeds = [seed_for(run_seed, "sample", prompt_id, index) for index in range(8)]
+        return replace(group, samples=tuple(replace(s, seed=n) for s, n in zip(group.samples, seeds, strict=True)))
+
+    def drawn(rejection: Mapping[str, Any], run_seed: int, prompt_id: int) -> tuple[frozenset[int], tuple[int, ...]]:
+        """The completions that take part in a pair, and the pairs, by length."""
+        batch, _ = rso(8, 4, rejection).prepare([issued(run_seed, prompt_id)], {})
+        lengths = tuple(length for _, length in tokens_of(batch))
+        return frozenset(lengths), lengths
+
+    for addresses in ([(run_seed, 3) for run_seed in range(6)], [(1, prompt_id) for prompt_id in range(6)]):
+        kept = [drawn({"beta": 5.0}, *address)[0] for address in addresses]
+        assert len(set(kept)) > 2 and kept == [drawn({"beta": 5.0}, *address)[0] for address in addresses]
+        pairs = [drawn({"beta": 0.0}, *address) for address in addresses]
+        assert {best for best, _ in pairs} == {frozenset({5, 6, 7, 8})}
+        assert len({pair for _, pair in pairs}) > 2
 
 
 def test_beta_counts_standard_deviations_or_the_rewards_own_units(make_group: Callable[..., Group]) -> None:

@@ -146,6 +146,31 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(make: Callable[..., Po
     assert all(not torch.equal(start[name], after[name]) for name in after)
 
 
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_an_answer_goes_through_the_model_once_however_many_pairs_it_is_in(
+    make: Callable[..., PolicyLearner], budget: int
+) -> None:
+    """Trap 89: groups of 4, 3 and 2 answers make 6, 3 and 1 pairs and 9 rows in the forward passes of an update, all of
+    a group in one pass. Counted at the trunk."""
+    groups = made_up(3, 3, (4, 3, 2))
+    learner = make({"tokens_per_microbatch": budget}, {}, "tiny")
+    trunk = learner._engine.policy.base.model
+    passes: list[list[tuple[int, ...]]] = []
+
+    def count(module: torch.nn.Module, arguments: Any, given: dict[str, Any]) -> None:
+        rows = zip(given["input_ids"].tolist(), given["attention_mask"].sum(1).tolist(), strict=True)
+        passes.append([tuple(ids[:length]) for ids, length in rows])
+
+    hook = trunk.register_forward_pre_hook(count, with_kwargs=True)
+    step(learner, groups)
+    hook.remove()
+    answers = [{tuple([*g.prompt.token_ids.tolist(), *s.token_ids.tolist()]) for s in g.samples} for g in groups]
+    seen = [row for rows in passes for row in rows]
+    assert len(seen) == 9 and set(seen) == set().union(*answers)
+    assert all(any(own <= set(rows) for rows in passes) for own in answers)
+    assert len(passes) == (3 if budget == 1 else 1)
+
+
 def accuracy(learner: PolicyLearner, groups: Sequence[Group]) -> float:
     """Share of pairs in the right order; the learner is not changed. Answers of one length, so no padding."""
     inputs = [np.stack([np.append(g.prompt.token_ids, g.samples[i].token_ids) for g in groups]) for i in (0, 1)]

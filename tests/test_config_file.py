@@ -118,7 +118,9 @@ def test_checks_across_keys(tmp_path: Path) -> None:
     """Combinations that would be meaningless are refused with the reason."""
     path = write(tmp_path, MINIMAL)
     assert "algorithm: samples_per_prompt must be at least 2" in refusal(path, "algorithm.samples_per_prompt=1")
-    assert "top_p below 1 biases" in refusal(path, "generation.top_p=0.9")
+    for key, value in (("top_p", "0.9"), ("top_k", "40")):  # trap 6: each by itself
+        (line,) = refusal(path, f"generation.{key}={value}").splitlines()
+        assert f"generation: {key} " in line and "biases every importance ratio" in line
     assert "zero_stage is DeepSpeed's" in refusal(path, "learner.engine=torch", "learner.zero_stage=3")
     assert "learner.minibatches=99 is more than" in refusal(path, "learner.minibatches=99")
 

@@ -53,6 +53,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", **NO_PRICE},
     "dr-grpo": {"name": "grpo", "scale": "none", "aggregation": "constant", **NO_PRICE},
     "ppo": {"name": "ppo", "critic": {"lr": 1e-2}, **NO_PRICE},
+    "vanilla-pg": {
+        "name": "ppo",
+        "lam": 1.0,
+        "clip": {"low": 1.0, "high": 1e9},
+        "critic": {"lr": 1e-2, "value_clip": None},
+        **NO_PRICE,
+    },
     "raft": {"name": "raft", **NO_PRICE},
     "online-dpo": {"name": "online_dpo", **PAIRS},
     "rso": {"name": "rso", "rejection": {"beta": 0.5, "accept": 4}, "pairing": "tournament", **PAIRS},

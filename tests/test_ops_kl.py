@@ -1,8 +1,15 @@
-"""KL estimators against enumeration of a three-token policy, and of every sequence of a two-token one (gradients
-too)."""
+"""KL estimators against enumeration: a three-token policy's golden numbers, every sequence of a two-token one, and a
+random policy and reference over five tokens, whose exact KL is differentiated (one token, and two).
+
+Not covered: importance weights (test_algorithm_off_policy), the model's log-probs (test_ops_logprobs).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf.ops.kl import adaptive_coefficient, k1, k2, k3
 from rlhf.ops.losses import k2_loss, k2_token_loss, k3_loss, policy_gradient
@@ -106,6 +113,115 @@ def test_sequence_k1_in_the_reward_is_the_gradient_of_the_sequence_kl():
     cost = k1(logprobs - reference).detach().sum(1, keepdim=True).expand(4, 2)
     policy_gradient(logprobs, -cost, mask, weights).backward()
     assert torch.allclose(logits.grad, expected, atol=1e-12)
+
+
+class Sequences(NamedTuple):
+    """Every completion of `length` tokens over a vocabulary of five, where the second token depends on the first.
+
+    logits (P, 5) of the policy, with gradient, one row a prefix (none, then each first token); logprobs and reference
+    (N, length); probability (N, length), detached, of the whole completion; policy and ref (P, 5), log-softmax rows.
+    """
+
+    logits: Tensor
+    logprobs: Tensor
+    reference: Tensor
+    probability: Tensor
+    policy: Tensor
+    ref: Tensor
+
+
+def sequences(length: int) -> Sequences:
+    """A random policy and a random reference, about a nat apart."""
+    random = torch.Generator().manual_seed(11)
+    prefixes = 1 if length == 1 else 6
+    logits, other = (torch.randn(prefixes, 5, generator=random, dtype=torch.float64) for _ in range(2))
+    policy, ref = logits.requires_grad_().log_softmax(1), other.log_softmax(1)
+    if length == 1:
+        logprobs, reference = policy[0][:, None], ref[0][:, None]
+    else:
+        first, second = (place.flatten() for place in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+        logprobs, reference = (torch.stack([t[0, first], t[1 + first, second]], 1) for t in (policy, ref))
+    probability = logprobs.detach().sum(1, keepdim=True).exp().expand_as(logprobs)
+    return Sequences(logits, logprobs, reference, probability, policy, ref)
+
+
+def of_sequences(one: Sequences, *, forward: bool) -> Tensor:
+    """KL(policy || reference) of whole completions, or KL(reference || policy): the sum over all of them."""
+    policy, reference = one.logprobs.sum(1), one.reference.sum(1)
+    if forward:
+        return (reference.exp() * (reference - policy)).sum()
+    return (policy.exp() * (policy - reference)).sum()
+
+
+def of_next_tokens(one: Sequences, *, forward: bool) -> Tensor:
+    """The KL of the next token, summed over the places of a completion; the policy draws what stands before it, and
+    that draw has no gradient here."""
+    reached = torch.cat([torch.ones(1, dtype=torch.float64), one.policy[0].exp()])[: len(one.policy)].detach()
+    above, below = (one.ref, one.policy) if forward else (one.policy, one.ref)
+    return (reached * (above.exp() * (above - below)).sum(1)).sum()
+
+
+def k1_in_the_reward(one: Sequences, mask: Tensor) -> Tensor:
+    cost = k1(one.logprobs - one.reference).detach().sum(1, keepdim=True).expand_as(mask)
+    return policy_gradient(one.logprobs, -cost, mask, one.probability)
+
+
+def k2_as_a_loss(one: Sequences, mask: Tensor) -> Tensor:
+    return k2_loss(one.logprobs, one.reference, mask, one.probability)
+
+
+def k2_of_tokens_as_a_loss(one: Sequences, mask: Tensor) -> Tensor:
+    return k2_token_loss(one.logprobs, one.reference, mask, one.probability)
+
+
+def k3_as_a_loss(one: Sequences, mask: Tensor) -> Tensor:
+    return k3_loss(one.logprobs, one.reference, mask, one.probability, NO_CLAMP)[0]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize(
+    ("estimator", "exact", "forward"),
+    [
+        (k1_in_the_reward, of_sequences, False),
+        (k2_as_a_loss, of_sequences, False),
+        (k2_of_tokens_as_a_loss, of_next_tokens, False),
+        (k3_as_a_loss, of_next_tokens, True),
+    ],
+)
+def test_expected_gradient_of_each_estimator_is_that_of_the_exact_kl_over_five_tokens(
+    length: int,
+    estimator: Callable[[Sequences, Tensor], Tensor],
+    exact: Callable[..., Tensor],
+    forward: bool,
+) -> None:
+    """Expectation by enumeration (5 tokens, 25 completions) against autograd of the exact KL, every logit to 1e-12.
+
+    k1 in the reward and k2 as a loss: the reverse KL of whole completions. k3 as a loss: the forward KL. It and the
+    tokens' k2 take it token by token, so that of two tokens the prefixes stay the policy's. Control: the other KL.
+    """
+    one = sequences(length)
+    mask = torch.ones_like(one.logprobs, dtype=torch.bool)
+    (found,) = torch.autograd.grad(estimator(one, mask), one.logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(exact(one, forward=forward), one.logits, retain_graph=True)
+    (other,) = torch.autograd.grad(exact(one, forward=not forward), one.logits)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert not torch.allclose(found, other, atol=0.01)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_k1_as_a_loss_has_no_expected_gradient_over_five_tokens(length: int) -> None:
+    """Each completion's own gradient is far from 0; their expectation is 0 at every logit."""
+    one = sequences(length)
+    (found,) = torch.autograd.grad((one.probability * k1(one.logprobs - one.reference)).sum(), one.logits)
+    assert found.abs().max().item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_forward_kl_of_completions_is_not_what_k3_of_tokens_pulls_along() -> None:
+    """Two tokens: k3 reads the reference along prefixes of the POLICY, the completions' forward KL along its own."""
+    one, mask = sequences(2), torch.ones(25, 2, dtype=torch.bool)
+    (tokens,) = torch.autograd.grad(k3_as_a_loss(one, mask), one.logits, retain_graph=True)
+    (whole,) = torch.autograd.grad(of_sequences(one, forward=True), one.logits)
+    assert torch.allclose(tokens[0], whole[0], atol=1e-12) and not torch.allclose(tokens[1:], whole[1:], atol=0.01)
 
 
 def test_k2_loss_without_weights_is_half_the_square_of_the_sum():
