@@ -6,7 +6,7 @@ Adapters are merged into a copy; the base is never written, so nothing drifts ho
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -100,7 +100,8 @@ def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
     model = engine.policy.model
     if not isinstance(model, PeftModel):
         return
-    adapter, head = {}, {}
+    adapter: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     for name, parameter in trainable(model):
         with engine.gathered([parameter]):
             if write:
@@ -111,7 +112,7 @@ def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
     folder.mkdir(parents=True)
     adapter = get_peft_model_state_dict(model, state_dict=adapter)
     save_file(adapter | head, folder / "adapter_model.safetensors")
-    settings = copy.deepcopy(model.peft_config[_ADAPTER])
+    settings: Any = copy.deepcopy(model.peft_config[_ADAPTER])
     if isinstance(engine.policy, ScoreModel):  # peft then puts the head that is in the file in place of the base's
         settings.task_type, settings.modules_to_save = TaskType.SEQ_CLS, [engine.policy.head_name]
     settings.save_pretrained(str(folder))
