@@ -19,10 +19,20 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_run_file_trains_two_steps(name: str, tmp_path: Path) -> None:
+RUNS = [(name, []) for name in FILES]
+# What no run file has: another rejection and another reference.
+RUNS.append(
+    (
+        "rso_tiny.yaml",
+        ["algorithm.rejection.mode=exact", "algorithm.rejection.reward_units=raw", "algorithm.reference=sampler"],
+    )
+)
+
+
+@pytest.mark.parametrize(("name", "others"), RUNS)
+def test_a_run_file_trains_two_steps(name: str, others: list[str], tmp_path: Path) -> None:
     config = ROOT / "configs" / name
-    settings = ["loop.num_steps=2", "loop.groups_per_step=4", "data.heldout=2", "learner.engine=torch"]
+    settings = ["loop.num_steps=2", "loop.groups_per_step=4", "data.heldout=2", "learner.engine=torch", *others]
     content = yaml.safe_load(config.read_text())
     if not name.endswith("_tiny.yaml"):
         settings.append("model.name=tiny")
