@@ -10,7 +10,7 @@ from typing import TypeGuard, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -100,7 +100,8 @@ def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
     model = engine.policy.model
     if not isinstance(model, PeftModel):
         return
-    adapter, head = {}, {}
+    adapter: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     for name, parameter in trainable(model):
         with engine.gathered([parameter]):
             if write:
@@ -111,7 +112,7 @@ def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
     folder.mkdir(parents=True)
     adapter = get_peft_model_state_dict(model, state_dict=adapter)
     save_file(adapter | head, folder / "adapter_model.safetensors")
-    settings = copy.deepcopy(model.peft_config[_ADAPTER])
+    settings = cast(LoraConfig, copy.deepcopy(model.peft_config[_ADAPTER]))
     if isinstance(engine.policy, ScoreModel):  # peft then puts the head that is in the file in place of the base's
         settings.task_type, settings.modules_to_save = TaskType.SEQ_CLS, [engine.policy.head_name]
     settings.save_pretrained(str(folder))
