@@ -6,11 +6,11 @@ Adapters are merged into a copy; the base is never written, so nothing drifts ho
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -112,7 +112,7 @@ def save_adapter(engine: Engine, folder: Path, *, write: bool) -> None:
     folder.mkdir(parents=True)
     adapter = get_peft_model_state_dict(model, state_dict=adapter)
     save_file(adapter | head, folder / "adapter_model.safetensors")
-    settings: Any = copy.deepcopy(model.peft_config[_ADAPTER])
+    settings = cast(LoraConfig, copy.deepcopy(model.peft_config[_ADAPTER]))
     if isinstance(engine.policy, ScoreModel):  # peft then puts the head that is in the file in place of the base's
         settings.task_type, settings.modules_to_save = TaskType.SEQ_CLS, [engine.policy.head_name]
     settings.save_pretrained(str(folder))
