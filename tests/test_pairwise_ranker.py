@@ -102,6 +102,20 @@ def test_what_is_no_comparison_is_dropped_and_counted_or_named(content: dict[str
         pairwise_ranker.prepare([replace(group, samples=group.samples[:1])], {})
 
 
+def test_it_learns_with_other_seeds_too(tmp_path: Path, content: dict[str, Any]) -> None:
+    """Two more seeds of model order and data: held-out accuracy after 10 steps, and that of random labels. The first
+    seed is the next test's."""
+    found = []
+    for seed in (1, 2):
+        for labels in (True, False):
+            content["data"]["path"] = write(tmp_path / f"{seed}-{labels}.jsonl", pairs(seed, 200, true_labels=labels))
+            (tmp_path / "ranker.yaml").write_text(yaml.safe_dump(content | {"seed": seed}))
+            run_dir = tmp_path / f"run-{seed}-{labels}"
+            assert main(["run", str(tmp_path / "ranker.yaml"), "--in-process", "--run-dir", str(run_dir)]) == 0
+            found.append(read_jsonl(run_dir / "evaluations.jsonl")[-1]["values"]["rewards/accuracies"])
+    assert min(found[::2]) > 0.9 and max(found[1::2]) < 0.75, found
+
+
 def test_it_learns_to_tell_unseen_pairs_serves_as_a_judge_and_random_labels_teach_nothing(
     tmp_path: Path, content: dict[str, Any], tiny_run: Callable[..., RunConfig], make_group: Callable[..., Group]
 ) -> None:
