@@ -38,6 +38,7 @@ from rlhf.config_reward import ReferenceConfig as ReferenceConfig
 from rlhf.config_reward import RewardConfig as RewardConfig
 from rlhf.config_reward import RewardPart as RewardPart
 from rlhf.config_reward import RewardSource as RewardSource
+from rlhf.config_section import DataPath as DataPath
 from rlhf.config_section import Dtype as Dtype
 from rlhf.config_section import Fraction as Fraction
 from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
@@ -116,7 +117,9 @@ AlgorithmConfig = Annotated[
 class DataConfig(Section):
     """The prompts, preferences or demonstrations."""
 
-    path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
+    path: DataPath = Field(
+        description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name"
+    )
     split: str = Field(default="train", description="split of a hub or saved data set")
     format: Literal[
         "auto", "prompt", "preference", "implicit_preference", "ranked", "prompt_completion", "messages", "text"

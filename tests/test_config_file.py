@@ -280,3 +280,11 @@ def test_weights_in_the_middle_of_sequences_need_stale_samples(tmp_path: Path) -
     assert "loop.max_staleness above 0" in refusal(path, "generation.weights_mid_sequence=true")
     stale = ["generation.weights_mid_sequence=true", "loop.max_staleness=1"]
     assert load_run(path, stale).generation.weights_mid_sequence
+
+
+@pytest.mark.parametrize("key", ["data.path", "mix.data.path", "reward.reference.path"])
+def test_an_empty_path_of_data_is_refused(tmp_path: Path, key: str) -> None:
+    """It would be the current folder with everything below it."""
+    assert f"{key}: '' is empty; expected a file, a folder or a hub name" in refusal(
+        write(tmp_path, MINIMAL), f"{key}=''"
+    )

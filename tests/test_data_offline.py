@@ -222,8 +222,9 @@ def test_the_generator_looks_up_whatever_it_is_asked_for() -> None:
 
 SIDES = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
 RANKING = {"prompt": "w1", "completions": ["w2", "w3", "w4"], "ranks": [0, 1, 2]}
-SILENT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] if m['role'] == 'user' else '' }} <turn> {% endfor %}" + (
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+SILENT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] if m['role'] == 'user' else '' }} <turn> {% endfor %}"
+    + ("{% if add_generation_prompt %}<assistant> {% endif %}")
 )
 
 

@@ -202,9 +202,7 @@ def _tokenised(
     return items
 
 
-def _nothing_to_learn(
-    item: _Item, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]
-) -> UnusableRow | None:
+def _nothing_to_learn(item: _Item, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]) -> UnusableRow | None:
     """What only tokens show: an answer without a word, or answers of different rank that the model cannot tell apart.
 
     Texts that differ may become the same tokens: blanks that a template strips, an end-of-sequence token in the text.
