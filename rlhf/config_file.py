@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf.chaos.plan import ChaosPlan
@@ -18,7 +17,7 @@ from rlhf.config import PpoConfig, RewardConfig, RewardSource, RunConfig
 from rlhf.config_keys import explain
 from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput
-from rlhf.yaml_reader import parse
+from rlhf.yaml_reader import parse, write
 
 Model = TypeVar("Model", bound=BaseModel)
 Source = TypeVar("Source", bound=RewardSource)
@@ -88,7 +87,7 @@ def load_chaos(path: Path) -> ChaosPlan:
 
 def dump(config: BaseModel) -> str:
     """All keys as YAML, defaults included; secrets (pydantic's SecretStr) are written as asterisks."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write(config.model_dump(mode="json"))
 
 
 def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:

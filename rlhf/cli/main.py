@@ -84,7 +84,18 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += settings
+    _refuse_repeated(arguments.overrides if "overrides" in arguments else [])
     return arguments
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raises BadInput for a key that stands twice, as in a file: only one of the values could be meant."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in seen:
+            raise BadInput(f"override '{override}': key {key} stands twice, first as '{seen[key]}'; expected it once")
+        seen[key] = override
 
 
 def _say(message: str, code: int) -> int:
