@@ -45,6 +45,7 @@ from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
 from rlhf.config_section import NonNegativeInt as NonNegativeInt
 from rlhf.config_section import PositiveFloat as PositiveFloat
 from rlhf.config_section import PositiveInt as PositiveInt
+from rlhf.config_section import Seconds as Seconds
 from rlhf.config_section import Section as Section
 
 RecordKind = Literal["prompts", "preferences", "demonstrations", "comparisons"]
@@ -202,10 +203,8 @@ class LoopConfig(Section):
         description="how often in a row, without a new step, the team, or the trainer or buffer alone, is built again "
         "after an actor died; and how often in a row, without a result, a rollout engine or judge is replaced",
     )
-    wait_timeout_s: PositiveFloat = Field(
-        default=600.0, description="longest wait for rollouts, judges, updates or weights"
-    )
-    heartbeat_timeout_s: PositiveFloat = Field(
+    wait_timeout_s: Seconds = Field(default=600.0, description="longest wait for rollouts, judges, updates or weights")
+    heartbeat_timeout_s: Seconds = Field(
         default=120.0,
         description="an actor that shows no sign of life for so long, whatever it is at, is ended and replaced; so is "
         "a rollout engine or judge that holds work and does not advance (a reward function may use its "
@@ -217,7 +216,15 @@ class EvaluationConfig(Section):
     """Held-out prompts, answered before, during and after training."""
 
     samples: NonNegativeInt = Field(default=3, description="prompts whose answers before and after stand in the report")
-    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy")
+    temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.0, description="0: greedy; otherwise 0.01 or more"
+    )
+
+    @model_validator(mode="after")
+    def _greedy_or_not(self) -> Self:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature={self.temperature:g}: engines sample at 0.01 or more; expected that, or 0")
+        return self
 
 
 class RunConfig(Section):

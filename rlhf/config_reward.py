@@ -13,8 +13,8 @@ from rlhf.config_section import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
+    Seconds,
     Section,
 )
 
@@ -140,7 +140,7 @@ class RewardSource(Section):
         description="with `server` or `llm`: name of the environment variable that holds its token (sent as bearer "
         "authorization, written nowhere)",
     )
-    timeout_s: PositiveFloat = Field(
+    timeout_s: Seconds = Field(
         default=60.0,
         description="with `function`, `server` or `llm`: time limit of one call: of a group, with `llm` of a question",
     )

@@ -109,13 +109,13 @@ def _own(value: Any, place: str, level: int) -> Any:
     if level > MOST_LEVELS:
         raise BadInput(f"{place}: {TOO_DEEP}")
     if isinstance(value, dict):
-        return {_whole(key, place): _own(inside, place, level + 1) for key, inside in value.items()}
+        return {whole(key, place): _own(inside, place, level + 1) for key, inside in value.items()}
     if isinstance(value, list):
         return [_own(inside, place, level + 1) for inside in value]
-    return _whole(value, place) if isinstance(value, str) else value
+    return whole(value, place) if isinstance(value, str) else value
 
 
-def _whole(text: str, place: str) -> str:
+def whole(text: str, place: str) -> str:
     """The text with both halves of a surrogate pair as one character, as json.dumps writes one."""
     try:
         joined = text.encode("utf-16", "surrogatepass").decode("utf-16")

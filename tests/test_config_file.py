@@ -6,6 +6,7 @@ Not covered: files of other encodings than UTF-8 beyond the refusal.
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -359,3 +360,26 @@ def test_an_empty_path_of_data_is_refused(tmp_path: Path, key: str) -> None:
     assert f"{key}: '' is empty; expected a file, a folder or a hub name" in refusal(
         write(tmp_path, MINIMAL), f"{key}=''"
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "trainer.resources={a: -1}",
+            "resources.a: found -1 (whole number); expected greater than or equal to 0",
+        ),
+        ("rollout.gpus=1.5", "gpus=1.5: Ray lends a share of one GPU, or whole ones"),
+        ("placement_timeout_s=1e10", "placement_timeout_s: found 10000000000.0 (number); expected less than or equal"),
+        (
+            "threads_per_role=100000",
+            "found 100000 (whole number); expected less than or equal to 4096",
+        ),
+    ],
+)
+def test_amounts_that_ray_does_not_have(tmp_path: Path, override: str, expected: str) -> None:
+    """Control: shares of a GPU and several whole ones."""
+    path = write(tmp_path, "trainer: {gpus: 0.5}\nrollout: {gpus: 2}\n")
+    assert load_cluster(path, []).rollout.gpus == 2
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        load_cluster(path, [override])
