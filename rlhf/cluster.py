@@ -5,11 +5,12 @@ Results do not depend on it. Pydantic, unknown keys refused; imports neither tor
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from rlhf.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf.config_section import Seconds, Threads
 
 SharingRole = Literal["trainer", "critic", "rollout", "reference"]
 LEARNING = frozenset({"trainer", "critic"})  # those of them that train; the others sample and judge
@@ -24,14 +25,14 @@ class Role(Section):
         description="the run starts with so many and takes the others, up to `replicas`, as they find room; null: all. "
         "For rollout, reference and reward",
     )
-    idle_release_s: PositiveFloat | None = Field(
+    idle_release_s: Seconds | None = Field(
         default=None,
         description="with `min_replicas`: those beyond it are let go after so long without work, so that an autoscaler "
         "can take their nodes, and asked for again when there is work; null: never",
     )
     cpus: NonNegativeFloat = Field(default=1.0, description="CPUs of each")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each")
-    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
+    resources: dict[str, NonNegativeFloat] = Field(default_factory=dict, description="custom Ray resources of each")
 
     @model_validator(mode="after")
     def _a_range(self) -> Self:
@@ -39,6 +40,8 @@ class Role(Section):
             raise ValueError(f"min_replicas={self.min_replicas} is more than replicas={self.replicas}")
         if self.idle_release_s is not None and self.min_replicas is None:
             raise ValueError(f"idle_release_s={self.idle_release_s:g} would do nothing without min_replicas")
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus={self.gpus:g}: Ray lends a share of one GPU, or whole ones; expected these")
         return self
 
     @property
@@ -131,10 +134,10 @@ class Cluster(Section):
         default=None, description="with `local`: CPUs that Ray counts; null: the sum of the roles"
     )
     object_store_gib: PositiveFloat = Field(default=2.0, description="with `local`: memory of the object store")
-    placement_timeout_s: PositiveFloat = Field(
+    placement_timeout_s: Seconds = Field(
         default=120.0, description="longest wait for room in the cluster, at the start and when it has shrunk"
     )
-    threads_per_role: Annotated[int, Field(ge=1)] | None = Field(
+    threads_per_role: Threads | None = Field(
         default=None,
         description="compute threads of each actor, and of each process of an engine with `tensor_parallel`; null: its "
         "CPUs, rounded up",

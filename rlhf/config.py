@@ -38,12 +38,14 @@ from rlhf.config_reward import ReferenceConfig as ReferenceConfig
 from rlhf.config_reward import RewardConfig as RewardConfig
 from rlhf.config_reward import RewardPart as RewardPart
 from rlhf.config_reward import RewardSource as RewardSource
+from rlhf.config_section import DataPath as DataPath
 from rlhf.config_section import Dtype as Dtype
 from rlhf.config_section import Fraction as Fraction
 from rlhf.config_section import NonNegativeFloat as NonNegativeFloat
 from rlhf.config_section import NonNegativeInt as NonNegativeInt
 from rlhf.config_section import PositiveFloat as PositiveFloat
 from rlhf.config_section import PositiveInt as PositiveInt
+from rlhf.config_section import Seconds as Seconds
 from rlhf.config_section import Section as Section
 
 RecordKind = Literal["prompts", "preferences", "demonstrations", "comparisons"]
@@ -116,7 +118,9 @@ AlgorithmConfig = Annotated[
 class DataConfig(Section):
     """The prompts, preferences or demonstrations."""
 
-    path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
+    path: DataPath = Field(
+        description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name"
+    )
     split: str = Field(default="train", description="split of a hub or saved data set")
     format: Literal[
         "auto", "prompt", "preference", "implicit_preference", "ranked", "prompt_completion", "messages", "text"
@@ -199,10 +203,8 @@ class LoopConfig(Section):
         description="how often in a row, without a new step, the team, or the trainer or buffer alone, is built again "
         "after an actor died; and how often in a row, without a result, a rollout engine or judge is replaced",
     )
-    wait_timeout_s: PositiveFloat = Field(
-        default=600.0, description="longest wait for rollouts, judges, updates or weights"
-    )
-    heartbeat_timeout_s: PositiveFloat = Field(
+    wait_timeout_s: Seconds = Field(default=600.0, description="longest wait for rollouts, judges, updates or weights")
+    heartbeat_timeout_s: Seconds = Field(
         default=120.0,
         description="an actor that shows no sign of life for so long, whatever it is at, is ended and replaced; so is "
         "a rollout engine or judge that holds work and does not advance (a reward function may use its "
@@ -214,7 +216,15 @@ class EvaluationConfig(Section):
     """Held-out prompts, answered before, during and after training."""
 
     samples: NonNegativeInt = Field(default=3, description="prompts whose answers before and after stand in the report")
-    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy")
+    temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.0, description="0: greedy; otherwise 0.01 or more"
+    )
+
+    @model_validator(mode="after")
+    def _greedy_or_not(self) -> Self:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature={self.temperature:g}: engines sample at 0.01 or more; expected that, or 0")
+        return self
 
 
 class RunConfig(Section):

@@ -4,7 +4,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf.config_section import Dtype, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf.config_section import (
+    BelowOne,
+    Dtype,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Threads,
+)
 
 
 class GenerationConfig(Section):
@@ -74,7 +84,7 @@ class LearnerConfig(Section):
         default=0, description="optimizer steps in which the rate rises; it starts at lr / (warmup_steps + 1)"
     )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="of AdamW")
-    adam_betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
+    adam_betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), description="of AdamW")
     adam_eps: PositiveFloat = Field(default=1e-8, description="of AdamW")
     max_grad_norm: PositiveFloat = Field(default=1.0, description="gradients are scaled down to this norm")
     epochs: PositiveInt = Field(default=1, description="passes over a step's batch")
@@ -86,6 +96,6 @@ class LearnerConfig(Section):
     logit_chunk: PositiveInt = Field(
         default=512, description="completion positions whose logits exist at the same time"
     )
-    threads: PositiveInt | None = Field(
+    threads: Threads | None = Field(
         default=None, description="CPU threads of a trainer or critic rank; null: what the cluster file gives"
     )

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf.chaos.plan import ChaosPlan
@@ -18,7 +17,8 @@ from rlhf.config import PpoConfig, RewardConfig, RewardSource, RunConfig
 from rlhf.config_keys import explain
 from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput
-from rlhf.yaml_reader import parse
+from rlhf.places import expanded
+from rlhf.yaml_reader import MOST_LEVELS, TOO_DEEP, parse, whole, write
 
 Model = TypeVar("Model", bound=BaseModel)
 Source = TypeVar("Source", bound=RewardSource)
@@ -88,7 +88,7 @@ def load_chaos(path: Path) -> ChaosPlan:
 
 def dump(config: BaseModel) -> str:
     """All keys as YAML, defaults included; secrets (pydantic's SecretStr) are written as asterisks."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write(config.model_dump(mode="json"))
 
 
 def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
@@ -134,8 +134,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: no such file (looked in {Path.cwd()})") from error
     except IsADirectoryError as error:
         raise BadInput(f"{path}: is a folder; expected a YAML file") from error
-    except (PermissionError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"{str(path)[:200]!r}: cannot be read: {reason}; expected a YAML file") from error
     data = parse(text, str(path))
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -147,7 +150,9 @@ def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise BadInput(f"override '{override}': expected key.sub=value, such as learner.lr=1e-5")
-    return key, parse(text, f"override '{override}'")
+    if key.count(".") >= MOST_LEVELS:
+        raise BadInput(f"override '{override[:60]}…': {TOO_DEEP}")
+    return whole(key, f"override {override[:60]!a}"), parse(text, f"override '{override}'")
 
 
 def _put(data: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -169,7 +174,9 @@ def _is_path(name: str) -> bool:
 
 
 def _absolute(name: str, folders: Sequence[Path]) -> str:
-    path = Path(name).expanduser()
+    path = expanded(name)
+    if "\0" in name:
+        raise BadInput(f"{name[:60]!r}: holds a NUL character, which no path has")
     for candidate in [folder / path for folder in folders]:
         try:
             there = candidate.exists()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -106,6 +106,8 @@ def _in_words(fault: ErrorDetails, key: str, kind: type[BaseModel]) -> str:
         if near == key:
             return f"{key} is a key of other kinds of {key.rpartition('.')[0]} only; leave it out here"
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else f"; keys there: {_siblings(key, kind)}")
+    if what == "missing" and isinstance(fault["loc"][-1], int):
+        return f"{key}: found {_shown(found)} (list); expected a value at place {fault['loc'][-1] + 1}, too"
     if what == "missing":
         meaning = next((k.meaning for k in all_keys(kind) if k.name == key), "")
         return f"missing required key {key}" + (f" ({meaning})" if meaning else "")
@@ -127,11 +129,13 @@ def _key_of(fault: ErrorDetails, data: Any) -> str:
     place = data
     location = fault["loc"]
     for depth, part in enumerate(location):
-        inside = (isinstance(place, Mapping) and part in place) or (isinstance(place, list) and isinstance(part, int))
+        inside = (isinstance(place, Mapping) and part in place) or (
+            isinstance(place, list) and isinstance(part, int) and part < len(place)
+        )
         if inside:
             place = place[part]
             parts.append(str(part))
-        elif fault["type"] == "missing" and depth == len(location) - 1:
+        elif fault["type"] == "missing" and isinstance(part, str) and depth == len(location) - 1:
             parts.append(str(part))
     return ".".join(parts)
 
@@ -225,4 +229,6 @@ def _bound(bound: Any) -> str:
         return f"> {bound.gt}"
     if isinstance(bound, Le):
         return f"≤ {bound.le}"
+    if isinstance(bound, Lt):
+        return f"< {bound.lt}"
     raise TypeError(f"no words for the bound {bound!r}: add them here")

@@ -7,7 +7,16 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from rlhf.config_section import Dtype, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf.config_section import (
+    DataPath,
+    Dtype,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 
 # What a reward comes from, and the keys that only some of these read.
 SOURCES = ("function", "model", "server", "llm", "ranker")
@@ -131,7 +140,7 @@ class RewardSource(Section):
         description="with `server` or `llm`: name of the environment variable that holds its token (sent as bearer "
         "authorization, written nowhere)",
     )
-    timeout_s: PositiveFloat = Field(
+    timeout_s: Seconds = Field(
         default=60.0,
         description="with `function`, `server` or `llm`: time limit of one call: of a group, with `llm` of a question",
     )
@@ -196,7 +205,9 @@ class RewardPart(RewardSource):
 class ReferenceConfig(Section):
     """Demonstrations whose rewards are the zero and the unit of normalised rewards."""
 
-    path: str = Field(description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name")
+    path: DataPath = Field(
+        description="JSONL, Parquet or Arrow file, a folder of them, a saved data set, or a hub name"
+    )
     split: str = Field(default="train", description="split of a hub or saved data set")
     prompt_column: str = Field(default="prompt", description="column that holds the prompt")
     completion_column: str = Field(default="completion", description="column that holds the answer")

@@ -37,6 +37,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "reward.py").write_text("def score(prompts, completions):\n    return [0.0] * len(completions)\n")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(SECTIONS))
     (tmp_path / "file").touch()
+    (tmp_path / "itself.yaml").symlink_to(tmp_path / "itself.yaml")
     return tmp_path / "run.yaml"
 
 
@@ -67,6 +68,37 @@ def test_a_run_is_not_put_inside_another(tmp_path: Path) -> None:
         (["plan", "run.yaml", "generation.temperature=0.001"], "found 0.001 (number); expected greater than or equal"),
         (["plan", "run.yaml", "algorithm.lam=0.5"], "algorithm.lam is a key of other kinds of algorithm only"),
         (["plan", "run.yaml", 'data.system_prompt="\\ud83d"'], "has half a character"),
+        (["plan", "run.yaml", "data.path=~nouser/x"], "'~nouser/x': there is no such home folder"),
+        (["plan", "run.yaml", "model.name=~nouser/x"], "'~nouser/x': there is no such home folder"),
+        (["plan", "run.yaml", "reward.function=~nouser/r.py:f"], "'~nouser/r.py': there is no such home folder"),
+        (["plan", "run.yaml", 'data.path="a\\0b"'], "holds a NUL character"),
+        (["plan", "file/run.yaml"], "'file/run.yaml': cannot be read: Not a directory; expected a YAML file"),
+        (["plan", "itself.yaml"], "'itself.yaml': cannot be read: Too many levels of symbolic links"),
+        (["plan", "a\0b"], "cannot be read: embedded null byte"),
+        (["plan", "run.yaml", "a\udcff=1"], "has half a character"),
+        (["plan", "run.yaml", ".".join("a" * 300) + "=1"], "nested too deeply"),
+        (["plan", "x" * 300], f"'{'x' * 200}': cannot be read: File name too long"),
+        (["inspect", "x" * 300], "File name too long; expected the name of a file"),
+        (["verify", "x" * 300], "File name too long; expected the name of a file"),
+        (["chat", "x" * 300], "File name too long; expected the name of a file"),
+        (["chat", "~nouser/x"], "there is no such home folder"),
+        (["data", "show", "x" * 300], "File name too long; expected the name of a file"),
+        (["plan", "run.yaml", "learner.adam_betas=[0.9]"], "found [0.9] (list); expected a value at place 2, too"),
+        (["plan", "run.yaml", "learner.adam_betas=[]"], "learner.adam_betas: found [] (list); expected a value at"),
+        (
+            ["plan", "run.yaml", "learner.adam_betas=[0.9, 1.0]"],
+            "found 1.0 (number); expected less than 1",
+        ),
+        (
+            ["plan", "run.yaml", "reward={llm: {address: 'http://a/v1', model: m, score_range: [1]}}"],
+            "score_range: found [1] (list); expected a value at place 2, too",
+        ),
+        (["plan", "run.yaml", "loop.wait_timeout_s=1e10"], "expected less than or equal to 31536000"),
+        (["plan", "run.yaml", "reward.timeout_s=1e10"], "expected less than or equal to 31536000"),
+        (["plan", "run.yaml", "learner.threads=9999999999"], "expected less than or equal to 4096"),
+        (["plan", "run.yaml", "learner.warmup_steps=" + "9" * 400], "a whole number of 400 digits is too large"),
+        (["plan", "run.yaml", "seed=" + "9" * 5000], "a whole number of 5000 digits is too large"),
+        (["plan", "run.yaml", "evaluation.temperature=1e-300"], "engines sample at 0.01 or more; expected that, or 0"),
         (["chat", "tiny", "--temperature", "nan"], "--temperature nan: expected a number of 0 (greedy) or more"),
         (["chat", "tiny", "--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
         (["chat", "tiny", "--seed", "-1"], "--seed -1: expected a whole number"),

@@ -3,7 +3,10 @@
 Not covered: files of other encodings than UTF-8 beyond the refusal.
 """
 
+import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +16,15 @@ import pytest
 import yaml
 from pydantic import BaseModel, SecretStr
 
+from rlhf.cli.exit_codes import BAD_INPUT
+from rlhf.cli.main import main
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import differing_keys, dump, load_cluster, load_run
 from rlhf.config_keys import all_keys, nearest
 from rlhf.errors import BadInput
+from rlhf.yaml_reader import parse
+from rlhf.yaml_reader import write as dumped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,6 +153,12 @@ def test_checks_across_keys(tmp_path: Path) -> None:
             "more than 100,000 values",
         ),
         ("seed: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("{a: " * 300 + "1" + "}" * 300, "nested too deeply; expected keys with values, at most 50 levels deep"),
+        ('{"\\ud83d": 1}', "'\\ud83d' has half a character"),
+        ('{data: {path: "x \\ude00\\ud83d"}}', "has half a character"),
+        ("seed: " + "9" * 5000, "line 1, column 7: not valid YAML: a whole number of 5000 digits is too large"),
+        ("seed: 0x" + "f" * 5000, "a whole number of 5002 digits is too large; expected at most"),
+        ("seed: " + "9" * 19, "a whole number of 19 digits is too large"),
         ("seed: !!python/object:os.system 1\n", "not valid YAML"),
     ],
 )
@@ -194,6 +207,65 @@ def test_resolved_file_reads_back_to_the_same_config(tmp_path: Path) -> None:
     config = load_run(write(tmp_path, MINIMAL), overrides)
     (tmp_path / "resolved.yaml").write_text(dump(config))
     assert load_run(tmp_path / "resolved.yaml", []) == config
+
+
+def test_an_override_below_an_alias_changes_its_own_section_alone(tmp_path: Path) -> None:
+    text = yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != "data"})
+    text += "data: &d {path: a.jsonl}\nmix: {data: *d, rows_per_step: 1}\n"
+    config = load_run(write(tmp_path, text), ["data.limit=3"])
+    assert config.mix is not None and (config.data.limit, config.mix.data.limit) == (3, None)
+
+
+def test_a_key_that_stands_twice_on_the_command_line_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(tmp_path, MINIMAL))
+    assert main(["plan", path, "seed=1", "--json", "seed=2"]) == BAD_INPUT
+    assert "override 'seed=2': key seed stands twice, first as 'seed=1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("-010", -10), ("0o10", 8), ("0x1F", 31), ("0b11", 3), ("1_000", 1000), ("1e-5", 1e-5), ("08", 8),
+        ("1.5", 1.5), (".5", 0.5), ("-1.e3", -1000.0), ("1:30", "1:30"), ("1:30.5", "1:30.5"), ("1.2.3", "1.2.3"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    """Neither octal by a zero in front nor base 60."""
+    found = parse(f"key: {text}", "here")["key"]
+    assert found == value and type(found) is type(value)
+
+
+def test_base_60_is_no_number(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, MINIMAL), "loop.num_steps=1:30")
+    assert "override 'loop.num_steps=1:30': loop.num_steps: found '1:30' (text); expected integer" in message
+
+
+PIECES = [
+    *"0123456789", "1e5", "0o7", "0x", "_", ":", ".", "-", "+", "e", "inf", "nan", "~", "null", "yes", " ", "\t", "\n",
+    "\r", "#",
+    "&", "*", "!", "|", ">", "'", '"', "%", "@", "`", "{", "}", "[", "]", ",", "?", "<<", "=", "\\", "\0", "\x07",
+    "\x85", "\u2028", "\u2029", "\ufeff", "\xa0", "ä", "\N{GRINNING FACE}", "\U0010ffff", "word", "---", "2024-01-01",
+]  # fmt: skip
+
+
+def test_whatever_text_is_written_reads_back_equal(tmp_path: Path) -> None:
+    """Texts drawn from pieces that mean something to YAML, alone and as keys; and through a whole cluster file."""
+    draw = random.Random(0)
+    texts = [*PIECES, *("".join(draw.choices(PIECES, k=draw.randint(2, 6))) for _ in range(3000)), "long words " * 40]
+    for text in texts:
+        value = {"a": text, text: [text, {text: 1}]}
+        assert parse(dumped(value), "here") == value, repr(text)
+    cluster = Cluster.model_validate({"trainer": {"resources": dict.fromkeys(PIECES, 1.0)}})
+    (tmp_path / "cluster.yaml").write_text(dump(cluster), encoding="utf-8", newline="")
+    assert load_cluster(tmp_path / "cluster.yaml", []) == cluster
+
+
+def test_halves_of_one_character_become_it(tmp_path: Path) -> None:
+    """As json.dumps writes what is beyond the basic plane."""
+    path = write(tmp_path, json.dumps({**MINIMAL, "data": {"path": "a.jsonl", "split": "\N{GRINNING FACE}"}}))
+    assert "\\ud83d" in path.read_text() and load_run(path, []).data.split == "\N{GRINNING FACE}"
 
 
 def test_secrets_are_not_written() -> None:
@@ -280,3 +352,34 @@ def test_weights_in_the_middle_of_sequences_need_stale_samples(tmp_path: Path) -
     assert "loop.max_staleness above 0" in refusal(path, "generation.weights_mid_sequence=true")
     stale = ["generation.weights_mid_sequence=true", "loop.max_staleness=1"]
     assert load_run(path, stale).generation.weights_mid_sequence
+
+
+@pytest.mark.parametrize("key", ["data.path", "mix.data.path", "reward.reference.path"])
+def test_an_empty_path_of_data_is_refused(tmp_path: Path, key: str) -> None:
+    """It would be the current folder with everything below it."""
+    assert f"{key}: '' is empty; expected a file, a folder or a hub name" in refusal(
+        write(tmp_path, MINIMAL), f"{key}=''"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "trainer.resources={a: -1}",
+            "resources.a: found -1 (whole number); expected greater than or equal to 0",
+        ),
+        ("rollout.gpus=1.5", "gpus=1.5: Ray lends a share of one GPU, or whole ones"),
+        ("placement_timeout_s=1e10", "placement_timeout_s: found 10000000000.0 (number); expected less than or equal"),
+        (
+            "threads_per_role=100000",
+            "found 100000 (whole number); expected less than or equal to 4096",
+        ),
+    ],
+)
+def test_amounts_that_ray_does_not_have(tmp_path: Path, override: str, expected: str) -> None:
+    """Control: shares of a GPU and several whole ones."""
+    path = write(tmp_path, "trainer: {gpus: 0.5}\nrollout: {gpus: 2}\n")
+    assert load_cluster(path, []).rollout.gpus == 2
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        load_cluster(path, [override])

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.config import DataConfig, RecordKind
+from rlhf.data.examples import CONTRADICTED, EMPTY, EQUAL
 from rlhf.data.offline import ANSWER_TOO_LONG, DatasetGenerator, OfflineSet
 from rlhf.data.prompts import TOO_LONG, PromptSet
 from rlhf.data.records import Record
@@ -217,3 +218,58 @@ def test_the_generator_looks_up_whatever_it_is_asked_for() -> None:
         assert sample.token_ids.tolist() == [group.prompt.token_ids[0] + 10, EOS]
         assert sample.versions is None and sample.sampling is None and sample.finish_reason == "given"
         assert sample.token_ids.dtype == np.int32
+
+
+SIDES = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
+RANKING = {"prompt": "w1", "completions": ["w2", "w3", "w4"], "ranks": [0, 1, 2]}
+SILENT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] if m['role'] == 'user' else '' }} <turn> {% endfor %}"
+    + ("{% if add_generation_prompt %}<assistant> {% endif %}")
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "changes", "template", "reason"),
+    [
+        ("preferences", SIDES, {"rejected": "w2 "}, None, EQUAL),
+        ("preferences", SIDES, {"rejected": "w2 </s>"}, None, EQUAL),
+        ("preferences", SIDES, {"rejected": " w2"}, CHAT, EQUAL),
+        ("preferences", SIDES, {"chosen": "</s>"}, None, EMPTY),
+        ("preferences", RANKING, {"completions": ["w2", "w3", "w2  "]}, None, CONTRADICTED),
+        ("preferences", RANKING, {"completions": ["w2", "</s> </s>", "w3"]}, None, EMPTY),
+        ("demonstrations", {"prompt": "w1", "completion": "w2"}, {"completion": "</s>"}, None, EMPTY),
+        ("demonstrations", {"text": "w1"}, {"text": "</s>"}, None, EMPTY),
+    ],
+)
+def test_tokens_that_teach_nothing_are_refused_or_dropped_and_counted(
+    kind: RecordKind, good: dict[str, Any], changes: dict[str, Any], template: str | None, reason: str
+) -> None:
+    """Texts that differ and tokens that do not, and answers of which only the end is left."""
+    given = (good, {**good, **changes}, good)
+    with pytest.raises(BadInput, match=f"1 of 3 rows .*rows.jsonl:2: {reason}.*data.bad_rows=drop"):
+        rows(kind, *given, adds_bos=True, template=template, stops=[EOS])
+    data = rows(kind, *given, adds_bos=True, template=template, stops=[EOS], bad_rows="drop")
+    assert len(data) == 2 and data.dropped == {reason: 1}
+
+
+def test_a_template_that_does_not_write_the_answer_teaches_nothing() -> None:
+    with pytest.raises(BadInput, match=f"1 of 1 rows .*{EMPTY}: 'w2' becomes no token before its end"):
+        rows("preferences", SIDES, adds_bos=False, template=SILENT, stops=[EOS, TURN], bad_rows="drop")
+
+
+def test_the_same_tokens_at_one_rank_stay() -> None:
+    data = rows(
+        "preferences", {**RANKING, "completions": ["w2", "w3", "w3 "], "ranks": [0, 1, 1]}, adds_bos=False,
+        template=None, stops=[EOS],
+    )  # fmt: skip
+    assert len(data.group(data.prompt(0)).samples) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"), [("preferences", SIDES), ("preferences", RANKING), ("demonstrations", {"completion": "w2"})]
+)
+def test_prompts_that_end_with_the_answer_are_refused(kind: RecordKind, row: dict[str, Any]) -> None:
+    """As for runs that sample, whatever data.bad_rows says."""
+    prompt = [said("user", "w1"), said("assistant", "w5")]
+    with pytest.raises(BadInput, match=r"rows.jsonl:1: column 'prompt' ends with an assistant message"):
+        rows(kind, {**row, "prompt": prompt}, adds_bos=False, template=CHAT, stops=[EOS, TURN], bad_rows="drop")

@@ -3,6 +3,7 @@
 Not covered: hub data sets, which need a network.
 """
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.cli.exit_codes import BAD_INPUT
+from rlhf.cli.main import main
 from rlhf.config import DataConfig
 from rlhf.data.prompts import REPEATED, TOO_LONG, PromptSet
 from rlhf.data.records import Record, load_rows
@@ -111,6 +114,55 @@ def test_unreadable_files_name_the_place(tmp_path: Path, name: str, content: byt
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=expected):
         load_rows(settings(path=str(tmp_path / name)))
+
+
+def test_csv_values_are_text_as_they_stand_and_may_hold_line_breaks(tmp_path: Path) -> None:
+    """Over 1 MiB, where a reader that looks for rows in parts of the file would tear them; Python's csv wrote it."""
+    rows = [{"prompt": f"line\n{number}\n" + "x\n" * 2000, "id": f"00{number}", "was": "NA"} for number in range(400)]
+    rows += [
+        {"prompt": "long " * 400_000, "id": "1e5", "was": ""},
+        {"prompt": "true", "id": "null", "was": "2024-01-01"},
+    ]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "id", "was"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert path.stat().st_size > 1 << 20
+    assert [dict(record.columns) for record in load_rows(settings(path=str(path)))] == rows
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "show", path]) == BAD_INPUT
+    assert "is empty; expected a file, a folder or a hub name" in capsys.readouterr().err
+    assert len(load_rows(settings(path="."))) == 1
+
+
+def test_folders_named_after_splits_choose_as_files_do(tmp_path: Path) -> None:
+    for name in (
+        "data/train/d.jsonl",
+        "data/test/d.jsonl",
+        "data/validation/deeper/d.jsonl",
+        "data/test/train-1.jsonl",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    for split, expected in [
+        ("train", ["data/test/train-1.jsonl", "data/train/d.jsonl"]),
+        ("test", ["data/test/d.jsonl"]),
+        ("validation", ["data/validation/deeper/d.jsonl"]),
+    ]:
+        found = load_rows(settings(path=str(tmp_path), split=split))
+        assert [record.columns["prompt"] for record in found] == expected
+    (tmp_path / "more.jsonl").write_text('{"prompt": "more"}\n')
+    with pytest.raises(BadInput, match=r"named after splits, and more.jsonl \(1 in all\) after none"):
+        load_rows(settings(path=str(tmp_path)))
 
 
 def test_whole_characters_beyond_the_basic_plane_are_read(tmp_path: Path) -> None:

@@ -187,8 +187,8 @@ def test_an_engine_or_judge_that_dies_or_hangs_is_replaced_alone_and_the_run_end
     """One of two engines gets SIGKILL, then the judge's host, then an engine SIGSTOP. Same parameters, bitwise, and the
     same ledger as the run in one process that nobody disturbs."""
     (workplace / "cluster.yaml").write_text("rollout: {replicas: 2}\nthreads_per_role: 1\n")
-    settings = ["plain.yaml", "loop.num_steps=300", "loop.heartbeat_timeout_s=20", "--cluster", "cluster.yaml"]
-    command = [*RLHF, "run", *settings, "--run-dir", "killed"]
+    settings = ["plain.yaml", "loop.heartbeat_timeout_s=20", "--cluster", "cluster.yaml"]
+    command = [*RLHF, "run", *settings, "loop.num_steps=300", "--run-dir", "killed"]
     process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     disturb(process, workplace / "killed", "Rollout", signal.SIGKILL, "faults/workers_died")
     disturb(process, workplace / "killed", "JudgeHost", signal.SIGKILL, "faults/workers_died")

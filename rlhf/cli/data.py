@@ -12,6 +12,7 @@ from rlhf.cli import data_pairs
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.folders import writing
 from rlhf.config import DataConfig
+from rlhf.config_section import named_place
 from rlhf.credentials import refuse_credentials
 from rlhf.data.examples import Example, Format, fitting_formats, sort_out
 from rlhf.data.prompts import key_of
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "pairs":
         return data_pairs.run(arguments)
     refuse_credentials(arguments.path, "PATH")
+    try:
+        named_place(arguments.path)
+    except ValueError as error:
+        raise BadInput(f"PATH: {error}") from error
     config = DataConfig(
         path=arguments.path,
         split=arguments.split,

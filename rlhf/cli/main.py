@@ -1,6 +1,7 @@
 """The `rlhf` command: one file a subcommand, imported only when it is called."""
 
 import argparse
+import errno
 import importlib
 import sys
 import traceback
@@ -23,6 +24,9 @@ COMMANDS = {
     "plan": "placement, batches, memory and time of a run, without starting it",
     "doctor": "check the installation and this machine",
 }
+
+# What the system says of a name that nothing can have, whoever looks it up: one that is too long, a link to itself.
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Command(Protocol):
@@ -52,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("\n".join([str(error), *getattr(error, "__notes__", [])]), FAILED)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno in NO_NAME:
+            return _say(f"{str(error.filename)[:100]!r}: {error.strerror}; expected the name of a file", BAD_INPUT)
+        traceback.print_exc()
+        return FAILED
     except Exception:  # noqa: BLE001  the outermost frame: an unforeseen error is shown whole, with the exit code of a failure
         traceback.print_exc()
         return FAILED
@@ -84,7 +93,18 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += settings
+    _refuse_repeated(arguments.overrides if "overrides" in arguments else [])
     return arguments
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raises BadInput for a key that stands twice, as in a file: only one of the values could be meant."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in seen:
+            raise BadInput(f"override '{override}': key {key} stands twice, first as '{seen[key]}'; expected it once")
+        seen[key] = override
 
 
 def _say(message: str, code: int) -> int:

@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from rlhf.cli.exit_codes import DONE, FAILED, INTERRUPTED
 from rlhf.cluster import Cluster
 from rlhf.config_file import dump, load_cluster, load_run
 from rlhf.credentials import refuse_credentials
 from rlhf.errors import BadInput, RunFailed
+from rlhf.yaml_reader import parse, write
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_run(arguments.config, arguments.overrides)
     cluster = load_cluster(arguments.cluster, [])
     _check(arguments.run_dir, cluster)
-    settings = yaml.safe_load(dump(config))
+    settings = parse(dump(config), "config")
     if arguments.pack is not None:
         _pack(settings, cluster, arguments)
         return DONE
@@ -148,7 +147,7 @@ def packed(settings: dict[str, Any], cluster: Cluster, *, ship: bool) -> Iterato
             shutil.copytree(PACKAGES / package, folder / package, ignore=ignored)
         if ship:
             settings = _shipped(settings, "", folder)
-        (folder / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        (folder / "run.yaml").write_text(write(settings))
         (folder / "cluster.yaml").write_text(dump(cluster))
         yield folder
 

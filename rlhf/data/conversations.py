@@ -94,11 +94,16 @@ def checked_messages(value: list[Any], where: str) -> list[Message]:
     return [dict(message) for message in value]
 
 
-def _to_be_answered(messages: list[Message], where: str) -> list[Message]:
-    if messages[-1]["role"] == "assistant":
+def refuse_answered(prompt: Content, where: str) -> None:
+    """Raises BadInput for messages whose last one is the assistant's: nothing is left to answer."""
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise BadInput(
             f"{where} ends with an assistant message, which is an answer; expected one that the policy is to answer"
         )
+
+
+def _to_be_answered(messages: list[Message], where: str) -> list[Message]:
+    refuse_answered(messages, where)
     if not any(message["content"].strip() for message in messages):
         raise BadInput(f"{where}: all messages are empty; expected a prompt")
     return messages

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.config import DataConfig, RecordKind
-from rlhf.data.conversations import Content, Message, checked_messages, shown
+from rlhf.data.conversations import Content, Message, checked_messages, refuse_answered, shown
 from rlhf.data.records import Record
 from rlhf.errors import BadInput
 
@@ -108,12 +108,17 @@ def read_examples(
     """The usable rows in their order, and how many were dropped, by reason. Raises BadInput, also for no usable row."""
     name = format_of(records[0], config, kind)
     read, unusable = sort_out(records, config, name)
-    if unusable and (config.bad_rows == "refuse" or not read):
+    return read, counted(unusable, len(records), config)
+
+
+def counted(unusable: Sequence[UnusableRow], rows: int, config: DataConfig) -> Counter[str]:
+    """How many are left out, by reason. Raises BadInput where data.bad_rows refuses them, or no row is left."""
+    if unusable and (config.bad_rows == "refuse" or len(unusable) == rows):
         named = "; ".join(str(error) for error in unusable[:NAMED_IN_ERRORS])
         more = f"; and {len(unusable) - NAMED_IN_ERRORS} more" if len(unusable) > NAMED_IN_ERRORS else ""
         remedy = "" if config.bad_rows == "drop" else ". Mend them, or set data.bad_rows=drop to leave them out"
-        raise BadInput(f"{len(unusable)} of {len(records)} rows cannot be learnt from: {named}{more}{remedy}")
-    return read, Counter(error.reason for error in unusable)
+        raise BadInput(f"{len(unusable)} of {rows} rows cannot be learnt from: {named}{more}{remedy}")
+    return Counter(error.reason for error in unusable)
 
 
 def sort_out(records: Sequence[Record], config: DataConfig, name: Format) -> tuple[list[Example], list[UnusableRow]]:
@@ -170,6 +175,7 @@ def _pair(
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadInput(f"{record.place}: one of chosen and rejected is text, the other messages; expected the same")
     _refuse_blank(record, prompt, "prompt")
+    refuse_answered(prompt, f"{record.place}: column '{column or 'chosen'}'")
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         _refuse_blank(record, answer, side)
         _refuse_no_turn(record, answer, side)
@@ -190,6 +196,7 @@ def _ranked(record: Record, row: int, config: DataConfig) -> Example:
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise BadInput(f"{record.place}: column 'ranks' holds {shown(number)}; expected numbers")
     _refuse_blank(record, prompt, "prompt")
+    refuse_answered(prompt, f"{record.place}: column '{config.prompt_column}'")
     answers, ranks = [], tuple(float(number) for number in numbers)
     for index, value in enumerate(given):
         where = f"completions[{index}]"
@@ -265,6 +272,7 @@ def _split_dialogue(record: Record, text: str) -> tuple[str, str]:
 def _prompt_completion(record: Record, row: int, config: DataConfig) -> Example:
     prompt, answer = _content(record, config.prompt_column), _content(record, config.completion_column)
     _refuse_blank(record, prompt, config.prompt_column)
+    refuse_answered(prompt, f"{record.place}: column '{config.prompt_column}'")
     _refuse_blank(record, answer, config.completion_column)
     if _whole(answer):
         raise BadInput(

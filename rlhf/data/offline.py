@@ -17,8 +17,8 @@ from rlhf.buffer.offline import Completion, dataset_group
 from rlhf.buffer.samplers import order
 from rlhf.config import DataConfig, RecordKind, RunConfig
 from rlhf.data.comparisons import as_comparison
-from rlhf.data.conversations import Content, Message, render
-from rlhf.data.examples import Example, dialogue, read_examples
+from rlhf.data.conversations import Content, Message, render, shown
+from rlhf.data.examples import CONTRADICTED, EMPTY, EQUAL, Example, UnusableRow, counted, dialogue, read_examples
 from rlhf.data.prompts import NAMED_IN_ERRORS, REPEATED, TOO_LONG, cut, encode, key_of
 from rlhf.data.records import Record, load_rows
 from rlhf.data.turns import AnswerTokens, Segment, answer_tokens, as_messages, ended, segments, spoken_text
@@ -71,6 +71,9 @@ class OfflineSet:
             config = config.model_copy(update={"chat_template": False})
             examples = [as_comparison(example) for example in examples]
         items = _tokenised(examples, tokenizer, stop_ids, config, encoder=encoder)
+        idle = {item.example.row: error for item in items if (error := _nothing_to_learn(item, tokenizer, stop_ids))}
+        self.dropped += counted(list(idle.values()), len(items), config)
+        items = [item for item in items if item.example.row not in idle]
         others = [item for item in items if item.key not in left_out]
         if len(others) < len(items):
             self.dropped[REPEATED] = len(items) - len(others)
@@ -197,6 +200,28 @@ def _tokenised(
         prompt_ids = np.array(tokens, dtype=np.int32)
         items.append(_Item(example, key_of(example.content), text, prompt_ids, completions))
     return items
+
+
+def _nothing_to_learn(item: _Item, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]) -> UnusableRow | None:
+    """What only tokens show: an answer without a word, or answers of different rank that the model cannot tell apart.
+
+    Texts that differ may become the same tokens: blanks that a template strips, an end-of-sequence token in the text.
+    """
+    example, answers = item.example, item.completions
+    silent = {tokenizer.eos_token_id, *stop_ids}
+    for answer in answers:
+        trained = answer.token_ids[answer.loss_mask].tolist()
+        if example.format == "text":  # its first token stands where others have a prompt
+            trained = [token for token in (*item.token_ids.tolist(), *trained) if token != tokenizer.bos_token_id]
+        if silent.issuperset(trained):
+            return UnusableRow(example.record, EMPTY, f"{shown(answer.text)} becomes no token before its end")
+    for number, answer in enumerate(answers):
+        for other in answers[:number]:
+            if answer.rank != other.rank and np.array_equal(answer.token_ids, other.token_ids):
+                reason = CONTRADICTED if example.format == "ranked" else EQUAL
+                both = f"{shown(other.text)} and {shown(answer.text)} become the same tokens"
+                return UnusableRow(example.record, reason, both)
+    return None
 
 
 def _rendered(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import Table
 
+# Files that describe a data set and hold none of its rows.
+ABOUT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 READERS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -91,8 +93,15 @@ def _folder(folder: Path, split: str) -> Iterator[Record]:
         raise BadInput(
             f"data.path={folder}: no data files in the folder; expected {', '.join(READERS)}, or a saved data set"
         )
-    splits = {path: _split_of(path) for path in files}
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
     if any(splits.values()):
+        lost = [str(path.relative_to(folder)) for path in files if not splits[path] and path.name not in ABOUT_DATA]
+        if lost:
+            raise BadInput(
+                f"data.path={folder}: some files or folders are named after splits, and {', '.join(lost[:5])} "
+                f"({len(lost)} in all) after none; expected names that begin with {', '.join(SPLIT_NAMES)}, or none "
+                "that does. Next: move the others away, or name one file in data.path"
+            )
         wanted = [path for path in files if splits[path] == split]
         if not wanted:
             there = sorted({name for name in splits.values() if name})
@@ -104,9 +113,12 @@ def _folder(folder: Path, split: str) -> Iterator[Record]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name starts with, as in train-00000-of-00002.parquet."""
-    name = path.name.lower()
-    return next((split for split in SPLIT_NAMES if name.startswith((f"{split}-", f"{split}.", f"{split}_"))), None)
+    """The split that a file's name starts with, as in train-00000-of-00002.parquet, or else the nearest folder's."""
+    for name in reversed(path.parts):
+        for split in SPLIT_NAMES:
+            if name.lower() == split or name.lower().startswith((f"{split}-", f"{split}.", f"{split}_")):
+                return split
+    return None
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -179,9 +191,22 @@ def _table(path: Path, reader: str) -> "Table":
     import pyarrow.parquet
 
     if reader == "csv":
-        return pyarrow.csv.read_csv(path)
+        return _csv(path)
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would join columns of one name to others
         return file.read()
+
+
+def _csv(path: Path) -> "Table":
+    """Every value as the text that stands there: no type and no null is guessed from 0012 or NA."""
+    import pyarrow.csv
+
+    # One block, since a row may not go over the edge of one; pyarrow takes less than 2 GiB.
+    reading = pyarrow.csv.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), (1 << 31) - 1))
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, read_options=reading, parse_options=parsing) as file:
+        names = file.schema.names
+    texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
+    return pyarrow.csv.read_csv(path, read_options=reading, parse_options=parsing, convert_options=texts)
 
 
 def _saved(folder: Path, split: str) -> "Dataset":
@@ -205,7 +230,7 @@ def _hub(config: DataConfig) -> Iterator[Record]:
     if Path(name).is_symlink():
         raise BadInput(f"data.path={name}: a link to {Path(name).readlink()}, which is not there")
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in READERS
-    if looks_like_path or not name:
+    if looks_like_path:
         raise BadInput(f"data.path={name}: no such file or folder ({looked})")
     from datasets import Dataset, load_dataset
     from huggingface_hub.errors import HfHubHTTPError

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import BadInput
+from rlhf.places import expanded
 
 TINY = {"tiny": True, "tiny-untied": False}  # name -> tied embeddings
 TINY_T5 = "tiny_t5"
@@ -49,7 +50,7 @@ def resolve(name: str) -> Path:
         from rlhf.models.smollm2 import RECIPE, build_smollm2
 
         return _cached(f"{SMOLLM2}-{RECIPE}", build_smollm2)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         folder = _from_hub(name, _HUB_FILES)
     check_folder(folder)
@@ -60,7 +61,7 @@ def check_model(name: str) -> None:
     """Raises BadInput when the model cannot be loaded, naming the file; loads no weights."""
     if name in BUILT:
         return
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         check_folder(folder)
     else:
@@ -79,7 +80,7 @@ def is_encoder_decoder(name: str) -> bool:
 
 def read_config(name: str) -> dict[str, Any]:
     """config.json of a model folder or hub name; of the hub nothing else is fetched. Raises BadInput without one."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         folder = _from_hub(name, ["config.json"])
     if not (folder / "config.json").is_file():

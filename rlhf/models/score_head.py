@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.errors import BadInput
 from rlhf.models.resolve import BUILT, check_model, read_config, resolve
+from rlhf.places import expanded
 
 EXPECTED = (
     "expected a sequence classifier with one label: a folder that a run of algorithm reward_model wrote, or one that "
@@ -25,7 +26,7 @@ def check_reward_model(name: str, key: str, *, fetch: bool) -> None:
         raise BadInput(f"{key}: {name} is a language model without a scalar head; {EXPECTED}")
     try:
         check_model(name)
-        folder = resolve(name) if fetch or Path(name).expanduser().is_dir() else None
+        folder = resolve(name) if fetch or expanded(name).is_dir() else None
     except BadInput as error:
         raise BadInput(str(error).replace("model.name", key)) from error
     if folder is not None:
