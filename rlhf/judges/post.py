@@ -30,12 +30,19 @@ class ServerFailed(Exception):
 
 
 def read_token(variable: str | None, key: str) -> str | None:
-    """The token, None where the run file names none. Raises BadInput, with the key, when the variable is not set."""
+    """The token without white space around it (a file's last newline), None where the run file names none.
+
+    Raises BadInput, with the key, when the variable is not set, or cannot be sent: http.client would show it."""
     if variable is None:
         return None
-    token = os.environ.get(variable)
+    token = os.environ.get(variable, "").strip()
     if not token:
         raise BadInput(f"{key}={variable}: there is no such environment variable, or it is empty")
+    if not (token.isascii() and token.isprintable()):
+        raise BadInput(
+            f"{key}={variable}: the variable holds a character that cannot stand in a header (a line break, a control "
+            "character or one outside ASCII); expected printable ASCII. Its value is not shown here"
+        )
     return token
 
 
