@@ -75,3 +75,13 @@ def test_answers_to_compare_with(second: dict[str, Any], expected: str) -> None:
     check_reward(reward, rows({"theirs": "x"}, {"theirs": [{"role": "assistant", "content": "x"}]}))
     with pytest.raises(BadInput, match=expected):
         check_reward(reward, rows({"theirs": "x"}, second))
+
+
+def test_a_column_with_the_name_of_an_argument_by_place(tmp_path: Path) -> None:
+    """Python would say so at the first group: multiple values for an argument. By place alone there is no clash."""
+    (tmp_path / "reward.py").write_text("def f(questions, answer, **kw): ...\ndef g(questions, answer, /, **kw): ...\n")
+    check_reward(RewardConfig(function=f"{tmp_path / 'reward.py'}:g"), rows({"answer": "x"}))
+    reward = RewardConfig(function=f"{tmp_path / 'reward.py'}:f")
+    check_reward(reward, rows({"reply": "x"}))
+    with pytest.raises(BadInput, match=r"reward.function: .*the name of a column, 'answer' of rows.jsonl:2; expected f"):
+        check_reward(reward, rows({"reply": "x"}, {"answer": "x"}))

@@ -389,8 +389,8 @@ def test_an_import_that_interrupts_itself_is_named(tmp_path):
 
 def test_the_check_names_the_columns_that_a_function_asks_for(rewards):
     """Arguments with a default, the token ids and **columns are not asked for."""
-    assert check_reward_function(f"{rewards}:asks", "reward.function") == {"answer", "kind"}
-    assert check_reward_function(f"{rewards}:sees_all", "reward.function") == frozenset()
+    assert check_reward_function(f"{rewards}:asks", "reward.function").needs == {"answer", "kind"}
+    assert check_reward_function(f"{rewards}:sees_all", "reward.function").needs == frozenset()
 
 
 def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):
@@ -401,3 +401,22 @@ def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):
     check_reward_function(f"{tmp_path / 'uses.py'}:f", "reward.function")
     check_reward_function("colorsys:rgb_to_hsv", "reward.function")
     assert "neighbour_of_rewards" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("completions, prompts", "its first two arguments are completions and prompts"),
+        ("completions, answer=None, **kw", "its first two arguments are completions and answer"),
+        ("texts, prompts", "its first two arguments are texts and prompts"),
+        ("prompts, completion_ids, **kw", "its first two arguments are prompts and completion_ids"),
+        ("prompts, completions, answer, /", "answer can be given by place alone"),
+    ],
+)
+def test_a_function_for_another_call_is_refused(tmp_path, arguments, said):
+    """It would score the prompts without a word; other names for the two are free."""
+    (tmp_path / "free.py").write_text("def f(questions, texts, /, weight=1.0): return []")
+    check_reward_function(f"{tmp_path / 'free.py'}:f", "reward.function")
+    (tmp_path / "other.py").write_text(f"def f({arguments}): return [1.0] * len(completions)")
+    with pytest.raises(BadInput, match=rf"reward.function: .*: {said}.*expected f\(prompts, completions"):
+        check_reward_function(f"{tmp_path / 'other.py'}:f", "reward.function")

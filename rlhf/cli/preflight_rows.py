@@ -69,13 +69,18 @@ def check_reward(reward: RewardConfig, rows: Sequence[Row]) -> None:
 
 
 def _check_function(function: str, key: str, rows: Sequence[Row]) -> None:
-    needed = check_reward_function(function, key)
+    asked = check_reward_function(function, key)
     for record, columns in rows:
         if taken := sorted(RESERVED & set(columns)):
             raise BadInput(
                 f"{record.place}: column '{taken[0]}' has the name of an argument of reward functions; rename it"
             )
-        if missing := sorted(needed - set(columns)):
+        if twice := sorted(asked.by_place & set(columns)):
+            raise BadInput(
+                f"{key}: the first two arguments of {function} are given the prompts and completions, and one of them "
+                f"has the name of a column, '{twice[0]}' of {record.place}; expected f(prompts, completions, **columns)"
+            )
+        if missing := sorted(asked.needs - set(columns)):
             raise BadInput(
                 f"{key}: {function} asks for '{missing[0]}', which is no column of {record.place}; columns there: "
                 f"{', '.join(sorted(columns)) or 'none'} (beside the prompt). Give the argument a default, or the row "
