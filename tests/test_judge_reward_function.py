@@ -1,5 +1,6 @@
 """The reward-function judge with real worker processes. Not covered: Ray (the judge actor's tests), macOS."""
 
+import dataclasses
 import datetime
 import os
 import signal
@@ -117,6 +118,12 @@ def sees(prompts, completions, completion_ids, answer, when):
 def sees_all(prompts, completions, **columns):
     assert sorted(columns) == ["answer", "completion_ids", "when"], sorted(columns)
     return [1.0, 2.0]
+
+def changes_what_it_gets(prompts, completions, answer):
+    for p, a in zip(prompts, answer):
+        p.append({"role": "assistant", "content": "x"})
+        a["x"].append(1)
+    return [float(10 * len(p) + len(a["x"])) for p, a in zip(prompts, answer)]
 
 def leaves_a_child(prompts, completions):
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -420,3 +427,17 @@ def test_a_function_for_another_call_is_refused(tmp_path, arguments, said):
     (tmp_path / "other.py").write_text(f"def f({arguments}): return [1.0] * len(completions)")
     with pytest.raises(BadInput, match=rf"reward.function: .*: {said}.*expected f\(prompts, completions"):
         check_reward_function(f"{tmp_path / 'other.py'}:f", "reward.function")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_function_that_changes_what_it_gets_changes_nothing_else(judge_with, group_of, isolate):
+    """Two messages after one append each, one value: 21 for every sample, and the run's own group as before."""
+    plain = group_of(2)
+    said = [{"role": "user", "content": "say a"}]
+    group = dataclasses.replace(
+        plain, prompt=dataclasses.replace(plain.prompt, content=said, columns={"answer": {"x": []}})
+    )
+    judge = judge_with("changes_what_it_gets", isolate)
+    assert [judge.judge(group).scores["reward"] for _ in range(2)] == [[21.0, 21.0]] * 2
+    assert group.prompt.content == [{"role": "user", "content": "say a"}]
+    assert group.prompt.columns == {"answer": {"x": []}}

@@ -8,6 +8,7 @@ error.
 Imports the standard library only, so that it starts fast and a function can be checked without loading anything heavy.
 """
 
+import copy
 import fcntl
 import importlib
 import importlib.util
@@ -125,9 +126,11 @@ def call(
     """f(prompts, completions, **columns), checked: one finite number or None for each completion, in their order.
 
     The function gets those of `completion_ids` and the columns that its signature names, or all with **kwargs. True and
-    False are 1 and 0. Raises WrongAnswer, and whatever the function raises.
+    False are 1 and 0. Each sample has prompt and column values of its own: a function that changes them changes neither
+    the next sample's nor the caller's. Raises WrongAnswer, and whatever the function raises.
     """
-    offered = {**columns, OFFERED: completion_ids}
+    offered: dict[str, Any] = {name: _copies(values) for name, values in columns.items()}
+    offered[OFFERED] = completion_ids
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # a callable written in C
@@ -137,7 +140,12 @@ def call(
         named = {parameter.name for parameter in parameters}
         accepted = {name: value for name, value in offered.items() if takes_all or name in named}
     expected = len(completions)  # before the call: the function may change its lists
-    return checked(function(prompts, completions, **accepted), expected)
+    return checked(function(_copies(prompts), completions, **accepted), expected)
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """One by one: within one copy, or one pickle, what was the same object stays the same."""
+    return [copy.deepcopy(value) for value in values]
 
 
 def checked(answer: Any, expected: int) -> list[float | None]:
