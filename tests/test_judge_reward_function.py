@@ -30,6 +30,10 @@ def some(prompts, completions):
 def flags(prompts, completions):
     return (c.endswith("1") for c in completions)
 
+def numpy_flags(prompts, completions):
+    import numpy
+    return numpy.array([c.endswith("1") for c in completions])
+
 def raises(prompts, completions):
     return [{"a": 1}[completions[0]]]
 
@@ -194,7 +198,8 @@ def test_none_stays_none_and_zero_stays_zero(judge_with, group_of, isolate):
 
 def test_truth_values_and_generators_are_numbers(judge_with, group_of):
     """`completion == answer` is a common reward."""
-    assert judge_with("flags").judge(group_of(2)).scores["reward"] == [0.0, 1.0]
+    for name in ("flags", "numpy_flags"):
+        assert judge_with(name).judge(group_of(2)).scores["reward"] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("isolate", [True, False])

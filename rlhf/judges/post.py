@@ -46,6 +46,21 @@ def read_token(variable: str | None, key: str) -> str | None:
     return token
 
 
+def check_address(address: str, key: str) -> None:
+    """Raises BadInput, with the key, for an address that no request could be made of. Asks nobody."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:  # UnicodeError, of a name with an empty or a long part, is one
+        raise BadInput(f"{key}={address!r} is no address: {error}") from error
+    if port == 0:
+        raise BadInput(f"{key}={address!r} is no address: port 0; expected 1 to 65535")
+    rest = parts.path + parts.query
+    if not (rest.isascii() and rest.isprintable()) or " " in rest:
+        raise BadInput(f"{key}={address!r}: the path holds characters that must be written as %XX, such as a space or é")
+
+
 def post_json(address: str, body: Mapping[str, Any], token: str | None, timeout_s: float) -> Any:
     """What the server answered to the body, as plain values. Raises ServerFailed.
 

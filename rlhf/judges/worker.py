@@ -161,7 +161,7 @@ def checked(answer: Any, expected: int) -> list[float | None]:
         if value is None:
             scores.append(None)
             continue
-        if not isinstance(value, Real):
+        if not isinstance(value, Real) and not _numpy_bool(value):
             raise WrongAnswer(
                 f"its value for sample {index} is {value!r} of type {type(value).__name__}, expected a number or None "
                 "(of a tensor, return .tolist())"
@@ -178,6 +178,11 @@ def checked(answer: Any, expected: int) -> list[float | None]:
             )
         scores.append(score)
     return scores
+
+
+def _numpy_bool(value: Any) -> bool:
+    """numpy's truth value, which is no Real; told by its name, since a function may do without numpy."""
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
 
 
 def send(channel: socket.socket, body: bytes) -> None:
