@@ -3,6 +3,7 @@
 Not covered: Ray and vLLM, which have their own tests; `doctor`'s imports of them.
 """
 
+import io
 import json
 import math
 import os
@@ -137,6 +138,43 @@ def test_chat_answers_each_line_of_a_pipe(finished: Path) -> None:
     first, second = (rlhf(*words, stdin="hello\nand then?\n") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout and first.stdout == second.stdout  # the same seed says the same
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, words: bytes, errors: str = "strict") -> int:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(words), encoding="utf-8", errors=errors))
+    return main(["chat", "tiny", "--max-new-tokens", "3"])
+
+
+def test_chat_passes_over_empty_lines_of_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for words in (b"hello\nand then?\n", b"\nhello\n \n\nand then?"):
+        assert chat(monkeypatch, words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("\n") >= 2
+
+
+def test_chat_refuses_a_line_that_the_model_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1024 positions. The lines around it are answered as if it had not been there."""
+    assert chat(monkeypatch, b"hello\nand then?\n") == 0
+    alone = capsys.readouterr().out
+    assert chat(monkeypatch, b"hello\n" + b"z" * 2000 + b"\nand then?\n") == 2
+    with_it = capsys.readouterr()
+    assert with_it.out == alone
+    assert "this turn is not answered" in with_it.err and "the model has 1024 positions" in with_it.err
+    assert chat(monkeypatch, b"z" * 990) == 0  # the template takes a few; the answer ends at the last position
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_bytes_that_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    """surrogateescape is how Python reads where no language is set."""
+    assert chat(monkeypatch, b"caf\xe9\n", errors) == 2
+    assert "standard input: a line is not text in utf-8" in capsys.readouterr().err
 
 
 def test_chat_refuses_a_model_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,29 @@ def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
         load_model(ModelConfig(name=str(folder)), "float32")
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-untied", "tiny_t5"])
+def test_layers_that_the_config_does_not_count_are_named(tmp_path: Path, name: str) -> None:
+    """transformers loads half a model without a word. Tensors of other kinds may stand beside the model's own."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(tensor for key, tensor in tensors.items() if "embed" in key or "shared" in key)
+    extras = {
+        "score.weight": embedding[:1], "v_head.summary.0.weight": embedding[:1], "lm_head.weight": embedding,
+        "model.layers.1.self_attn.rotary_emb.inv_freq": embedding[0],
+    }  # fmt: skip
+    extras = {key: tensor.clone() for key, tensor in extras.items() if key not in tensors}
+    save_file(tensors | extras, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelConfig(name=str(folder)), "float32")
+    config = json.loads((folder / "config.json").read_text())
+    fewer = {key: 1 for key in ("num_hidden_layers", "num_layers", "num_decoder_layers") if key in config}
+    (folder / "config.json").write_text(json.dumps(config | fewer))
+    with pytest.raises(BadInput, match=r"holds layers that its config.json does not count: .*(layers|block)\.1\."):
+        load_model(ModelConfig(name=str(folder)), "float32")
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "./not/here", "no such name"])
 def test_unknown_name_is_bad_input_that_lists_what_is_possible(name: str) -> None:
     """Offline: nothing is downloaded. Not covered: the answers of a hub that can be reached."""
