@@ -109,6 +109,28 @@ def test_verify_finds_a_flipped_byte_in_a_checkpoint(copy: Path) -> None:
     assert result.returncode == 1 and "model.safetensors" in result.stdout and "checksum differs" in result.stdout
 
 
+def test_a_terminal_that_lacks_a_character_gets_another(finished: Path) -> None:
+    """The ± of an evaluation; where it can be shown, it is."""
+    for encoding, shown in (("ascii", "?"), ("utf-8", "±")):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "rlhf.cli.main", "inspect", str(finished)]
+        result = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, check=False)
+        assert result.returncode == 0 and f" {shown} " in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(("unbuffered", "code"), [("", 0), ("1", 141)])
+@pytest.mark.parametrize("words", [["inspect"], ["--help"]])
+def test_a_closed_pipe_is_no_error(finished: Path, words: list[str], unbuffered: str, code: int) -> None:
+    """With a buffer the command is done when it is noticed, without one it is not. argparse passes over it by itself."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rlhf.cli.main", *words, *([str(finished)] if words == ["inspect"] else [])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.stderr == "" and result.returncode == (code if words == ["inspect"] else 0)
+
+
 def test_replay_gives_the_recorded_weights_and_notices_others(copy: Path) -> None:
     result = rlhf("replay", str(copy), "--step", "1")
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stdout + result.stderr
