@@ -121,7 +121,7 @@ def test_a_terminal_that_lacks_a_character_gets_another(finished: Path) -> None:
 @pytest.mark.parametrize(("unbuffered", "code"), [("", 0), ("1", 141)])
 @pytest.mark.parametrize("words", [["inspect"], ["--help"]])
 def test_a_closed_pipe_is_no_error(finished: Path, words: list[str], unbuffered: str, code: int) -> None:
-    """With a buffer the command is done when it is noticed, without one it is not. argparse passes over it by itself."""
+    """With a buffer the command is done when it is noticed, without one it is not. argparse passes over it."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "rlhf.cli.main", *words, *([str(finished)] if words == ["inspect"] else [])]

@@ -81,7 +81,14 @@ def test_answers_to_compare_with(second: dict[str, Any], expected: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["http://host:99999/", "http://host:port/", "http://host:0/", "http://a..b/", "http://host/é", "http://host/?q=a b"],
+    [
+        "http://host:99999/",
+        "http://host:port/",
+        "http://host:0/",
+        "http://a..b/",
+        "http://host/é",
+        "http://host/?q=a b",
+    ],
 )
 @pytest.mark.parametrize("kind", ["server", "llm"])
 def test_an_address_that_cannot_be_asked(tmp_path: Path, kind: str, address: str) -> None:
@@ -106,5 +113,5 @@ def test_a_column_with_the_name_of_an_argument_by_place(tmp_path: Path) -> None:
     check_reward(RewardConfig(function=f"{tmp_path / 'reward.py'}:g"), rows({"answer": "x"}))
     reward = RewardConfig(function=f"{tmp_path / 'reward.py'}:f")
     check_reward(reward, rows({"reply": "x"}))
-    with pytest.raises(BadInput, match=r"reward.function: .*the name of a column, 'answer' of rows.jsonl:2; expected f"):
+    with pytest.raises(BadInput, match=r"reward.function: .*name of a column, 'answer' of rows.jsonl:2; expected f"):
         check_reward(reward, rows({"reply": "x"}, {"answer": "x"}))

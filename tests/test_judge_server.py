@@ -262,6 +262,6 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch: pytes
     monkeypatch.setenv("T", f" {TOKEN}\r\n")
     assert read_token("T", "reward.token_env") == TOKEN
     monkeypatch.setenv("T", value)
-    with pytest.raises(BadInput, match="reward.token_env=T") as refused:
+    with pytest.raises(BadInput, match=r"reward\.token_env=T") as refused:
         read_token("T", "reward.token_env")
     assert TOKEN not in str(refused.value)

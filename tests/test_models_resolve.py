@@ -172,7 +172,9 @@ def test_a_model_that_scores_is_no_policy(tmp_path: Path) -> None:
     check_language_model(str(resolve("tiny")), "model.name")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "\x00\xff", '{"auto_map": "code.Own"}', '{"auto_map": {"AutoTokenizer": [3]}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "\x00\xff", '{"auto_map": "code.Own"}', '{"auto_map": {"AutoTokenizer": [3]}}']
+)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_file_of_another_form_is_named(tmp_path: Path, name: str, content: str) -> None:
     folder = tmp_path / "model"
@@ -192,7 +194,7 @@ def test_the_older_form_of_a_tokenizer_s_code_is_code(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"code of its own \(tokenizer_config.json: code.OwnTokenizer\)"):
         check_own_code(str(folder), "model.name", trust_remote_code=False)
     (folder / "config.json").write_text('{"auto_map": ["code.Own"]}')
-    with pytest.raises(BadInput, match="model/config.json: auto_map is"):
+    with pytest.raises(BadInput, match=r"model/config\.json: auto_map is"):
         check_model(str(folder))
 
 

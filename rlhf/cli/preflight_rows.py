@@ -49,8 +49,8 @@ def check_columns(config: RunConfig, rows: Sequence[Row]) -> None:
 
 
 def check_reward(reward: RewardConfig, rows: Sequence[Row]) -> None:
-    """Functions and the columns that they ask for, the config of reward models, addresses and tokens of servers, and the rows of the
-    reference answers."""
+    """Functions and the columns that they ask for, the config of reward models, addresses and tokens of servers, and
+    the rows of the reference answers."""
     for key, source in reward.sources().items():
         if source.function is not None:
             _check_function(source.function, f"{key}.function", rows)

@@ -27,8 +27,8 @@ def refuse_unmoved(run_dir: Path) -> None:
     skipped = sum(row.get(SKIPPED, 0.0) for row in rows)
     if skipped and not any(APPLIED in row for row in rows):
         raise RunFailed(
-            f"no update was applied in {len(rows)} steps: all {skipped:.0f} optimizer steps were skipped, because their "
-            "gradients were not finite, so the policy is the one that the run began with. Next: look at the loss and "
-            f"its parts in {run_dir / METRICS_FILE}, lower what is too large (coefficients, learner.lr, rewards), and "
+            f"no update was applied in {len(rows)} steps: all {skipped:.0f} optimizer steps were skipped, because "
+            "their gradients were not finite, so the policy is the one that the run began with. Next: look at the loss "
+            f"and its parts in {run_dir / METRICS_FILE}, lower what is too large (coefficients, rewards), and "
             "begin again with --fresh"
         )

@@ -58,7 +58,7 @@ def check_address(address: str, key: str) -> None:
         raise BadInput(f"{key}={address!r} is no address: port 0; expected 1 to 65535")
     rest = parts.path + parts.query
     if not (rest.isascii() and rest.isprintable()) or " " in rest:
-        raise BadInput(f"{key}={address!r}: the path holds characters that must be written as %XX, such as a space or é")
+        raise BadInput(f"{key}={address!r}: the path holds characters to be written as %XX, such as a space or é")
 
 
 def post_json(address: str, body: Mapping[str, Any], token: str | None, timeout_s: float) -> Any:

@@ -97,12 +97,9 @@ def check_folder(folder: Path) -> None:
         raise BadInput(
             f"model.name: {folder} has no config.json, so it is not a model folder; it holds {_listing(folder)}"
         )
-    for name in ("config.json", "generation_config.json"):
+    for name, check in _CHECKS:
         if (folder / name).is_file():
-            _check_eos(folder / name)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            code_parts(folder / name)
+            check(folder / name)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise BadInput(f"model.name: {folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
@@ -125,6 +122,30 @@ def _check_eos(file: Path) -> None:
         raise BadInput(f"model.name: {file}: eos_token_id is {eos!r}; expected a whole number, or a list of them")
 
 
+def code_parts(file: Path) -> list[str]:
+    """The code of its own (`auto_map`) that a file of a model names. Raises BadInput for a file that is no JSON object,
+    or an auto_map of another form than transformers reads."""
+    named = _read_json(file).get("auto_map") or {}
+    if isinstance(named, list) and file.name == "tokenizer_config.json":  # the older form, without the class's name
+        named = {"AutoTokenizer": named}
+    values: list[Any] = list(named.values()) if isinstance(named, dict) else [0]
+    parts: list[Any] = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    if not all(part is None or isinstance(part, str) for part in parts):
+        raise BadInput(
+            f"model.name: {file}: auto_map is {str(named)[:80]!r}; expected an object of a class and its code each"
+        )
+    return [part for part in dict.fromkeys(parts) if part]
+
+
+# What the small files of a folder are checked for.
+_CHECKS: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    ("config.json", _check_eos),
+    ("generation_config.json", _check_eos),
+    ("config.json", code_parts),
+    ("tokenizer_config.json", code_parts),
+)
+
+
 def _check_shards(folder: Path, index: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -142,21 +163,6 @@ def _check_shards(folder: Path, index: Path) -> None:
         )
     for shard in shards:
         check_weights(folder / shard)
-
-
-def code_parts(file: Path) -> list[str]:
-    """The code of its own (`auto_map`) that a file of a model names. Raises BadInput for a file that is no JSON object,
-    or an auto_map of another form than transformers reads."""
-    named = _read_json(file).get("auto_map") or {}
-    if isinstance(named, list) and file.name == "tokenizer_config.json":  # the older form, without the class's name
-        named = {"AutoTokenizer": named}
-    values = list(named.values()) if isinstance(named, dict) else [0]
-    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
-    if not all(part is None or isinstance(part, str) for part in parts):
-        raise BadInput(
-            f"model.name: {file}: auto_map is {str(named)[:80]!r}; expected an object of a class and its code each"
-        )
-    return [part for part in dict.fromkeys(parts) if part]
 
 
 def check_weights(file: Path) -> None:
