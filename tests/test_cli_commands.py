@@ -3,6 +3,7 @@
 Not covered: Ray and vLLM, which have their own tests; `doctor`'s imports of them.
 """
 
+import io
 import json
 import math
 import os
@@ -108,6 +109,28 @@ def test_verify_finds_a_flipped_byte_in_a_checkpoint(copy: Path) -> None:
     assert result.returncode == 1 and "model.safetensors" in result.stdout and "checksum differs" in result.stdout
 
 
+def test_a_terminal_that_lacks_a_character_gets_another(finished: Path) -> None:
+    """The ± of an evaluation; where it can be shown, it is."""
+    for encoding, shown in (("ascii", "?"), ("utf-8", "±")):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "rlhf.cli.main", "inspect", str(finished)]
+        result = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, check=False)
+        assert result.returncode == 0 and f" {shown} " in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(("unbuffered", "code"), [("", 0), ("1", 141)])
+@pytest.mark.parametrize("words", [["inspect"], ["--help"]])
+def test_a_closed_pipe_is_no_error(finished: Path, words: list[str], unbuffered: str, code: int) -> None:
+    """With a buffer the command is done when it is noticed, without one it is not. argparse passes over it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rlhf.cli.main", *words, *([str(finished)] if words == ["inspect"] else [])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.stderr == "" and result.returncode == (code if words == ["inspect"] else 0)
+
+
 def test_replay_gives_the_recorded_weights_and_notices_others(copy: Path) -> None:
     result = rlhf("replay", str(copy), "--step", "1")
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stdout + result.stderr
@@ -137,6 +160,43 @@ def test_chat_answers_each_line_of_a_pipe(finished: Path) -> None:
     first, second = (rlhf(*words, stdin="hello\nand then?\n") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout and first.stdout == second.stdout  # the same seed says the same
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, words: bytes, errors: str = "strict") -> int:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(words), encoding="utf-8", errors=errors))
+    return main(["chat", "tiny", "--max-new-tokens", "3"])
+
+
+def test_chat_passes_over_empty_lines_of_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for words in (b"hello\nand then?\n", b"\nhello\n \n\nand then?"):
+        assert chat(monkeypatch, words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("\n") >= 2
+
+
+def test_chat_refuses_a_line_that_the_model_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1024 positions. The lines around it are answered as if it had not been there."""
+    assert chat(monkeypatch, b"hello\nand then?\n") == 0
+    alone = capsys.readouterr().out
+    assert chat(monkeypatch, b"hello\n" + b"z" * 2000 + b"\nand then?\n") == 2
+    with_it = capsys.readouterr()
+    assert with_it.out == alone
+    assert "this turn is not answered" in with_it.err and "the model has 1024 positions" in with_it.err
+    assert chat(monkeypatch, b"z" * 990) == 0  # the template takes a few; the answer ends at the last position
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_bytes_that_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    """surrogateescape is how Python reads where no language is set."""
+    assert chat(monkeypatch, b"caf\xe9\n", errors) == 2
+    assert "standard input: a line is not text in utf-8" in capsys.readouterr().err
 
 
 def test_chat_refuses_a_model_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

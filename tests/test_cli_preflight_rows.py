@@ -11,6 +11,8 @@ from rlhf.cli.preflight_rows import check_columns, check_reward
 from rlhf.config import RewardConfig, RunConfig
 from rlhf.data.records import Record
 from rlhf.errors import BadInput
+from rlhf.judges.language_model import LanguageModelJudge
+from rlhf.judges.reward_server import RewardServerJudge
 
 FUNCTION = "def score(prompts, completions, answer, weight=1.0):\n    return [0.0] * len(completions)\n"
 
@@ -75,3 +77,41 @@ def test_answers_to_compare_with(second: dict[str, Any], expected: str) -> None:
     check_reward(reward, rows({"theirs": "x"}, {"theirs": [{"role": "assistant", "content": "x"}]}))
     with pytest.raises(BadInput, match=expected):
         check_reward(reward, rows({"theirs": "x"}, second))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://host:99999/",
+        "http://host:port/",
+        "http://host:0/",
+        "http://a..b/",
+        "http://host/é",
+        "http://host/?q=a b",
+    ],
+)
+@pytest.mark.parametrize("kind", ["server", "llm"])
+def test_an_address_that_cannot_be_asked(tmp_path: Path, kind: str, address: str) -> None:
+    """Before the run and, for whoever comes another way, at the judge's set-up. A name outside ASCII is fine."""
+    for good in ("http://[::1]:8000/v1", "https://bücher.example/%C3%A9?v=1"):
+        check_reward(RewardConfig.model_validate({kind: settings(kind, good)}), [])
+    source = RewardConfig.model_validate({kind: settings(kind, address)})
+    with pytest.raises(BadInput, match=rf"^reward.{kind}.*=.*http://"):
+        check_reward(source, [])
+    judge = RewardServerJudge(source, "reward") if kind == "server" else LanguageModelJudge(source, "reward", tmp_path)
+    with pytest.raises(BadInput, match=rf"^reward.{kind}.*=.*http://"):
+        judge.setup()
+
+
+def settings(kind: str, address: str) -> Any:
+    return address if kind == "server" else {"address": address, "model": "m"}
+
+
+def test_a_column_with_the_name_of_an_argument_by_place(tmp_path: Path) -> None:
+    """Python would say so at the first group: multiple values for an argument. By place alone there is no clash."""
+    (tmp_path / "reward.py").write_text("def f(questions, answer, **kw): ...\ndef g(questions, answer, /, **kw): ...\n")
+    check_reward(RewardConfig(function=f"{tmp_path / 'reward.py'}:g"), rows({"answer": "x"}))
+    reward = RewardConfig(function=f"{tmp_path / 'reward.py'}:f")
+    check_reward(reward, rows({"reply": "x"}))
+    with pytest.raises(BadInput, match=r"reward.function: .*name of a column, 'answer' of rows.jsonl:2; expected f"):
+        check_reward(reward, rows({"reply": "x"}, {"answer": "x"}))

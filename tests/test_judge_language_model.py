@@ -6,6 +6,7 @@ Not covered: a real model, TLS. What a judge model is worth is not a matter of t
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,11 +17,11 @@ import yaml
 
 from rlhf.cli.main import main
 from rlhf.config import RewardSource, RunConfig
-from rlhf.errors import JudgeFailed, NothingScored
+from rlhf.errors import BadInput, JudgeFailed, NothingScored
 from rlhf.experience import REWARD, Group
-from rlhf.judges.answers import ANSWERS_FILE
+from rlhf.judges.answers import ANSWERS_FILE, AnswerStore
 from rlhf.judges.comparisons import both_orders
-from rlhf.judges.language_model import INCONSISTENT, UNPARSED, LanguageModelJudge, question
+from rlhf.judges.language_model import INCONSISTENT, UNPARSED, LanguageModelJudge, chat_address, question
 from rlhf.observers import read_jsonl
 
 TOKEN = "canary-93bd"
@@ -344,3 +345,25 @@ def test_a_run_is_judged_and_gone_on_with_without_a_question_twice(
     twice = [body for body in set(kept) if kept.count(body) > 1]
     assert len(twice) <= 4  # those that the server did not answer the first time; four were under way
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+
+
+def test_the_query_of_an_address_stays_at_its_end() -> None:
+    assert chat_address("http://host/v1/") == "http://host/v1/chat/completions"
+    assert chat_address("http://host/v1?api-version=1/2") == "http://host/v1/chat/completions?api-version=1/2"
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "folder"])
+def test_answers_that_cannot_be_read_are_named(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / ANSWERS_FILE
+    if damage == "text":
+        file.write_text("no database " * 100)
+    elif damage == "folder":
+        file.mkdir()
+    else:
+        with closing(AnswerStore(file)) as store:
+            for number in range(200):
+                store.keep({"number": number}, "x" * 200)
+        with file.open("r+b") as stream:
+            stream.truncate(3 * 4096)
+    with pytest.raises(BadInput, match=rf"{ANSWERS_FILE}: what the judge has answered cannot be read.*move the file"):
+        AnswerStore(file)

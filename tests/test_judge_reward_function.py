@@ -1,5 +1,6 @@
 """The reward-function judge with real worker processes. Not covered: Ray (the judge actor's tests), macOS."""
 
+import dataclasses
 import datetime
 import os
 import signal
@@ -28,6 +29,10 @@ def some(prompts, completions):
 
 def flags(prompts, completions):
     return (c.endswith("1") for c in completions)
+
+def numpy_flags(prompts, completions):
+    import numpy
+    return numpy.array([c.endswith("1") for c in completions])
 
 def raises(prompts, completions):
     return [{"a": 1}[completions[0]]]
@@ -118,6 +123,12 @@ def sees_all(prompts, completions, **columns):
     assert sorted(columns) == ["answer", "completion_ids", "when"], sorted(columns)
     return [1.0, 2.0]
 
+def changes_what_it_gets(prompts, completions, answer):
+    for p, a in zip(prompts, answer):
+        p.append({"role": "assistant", "content": "x"})
+        a["x"].append(1)
+    return [float(10 * len(p) + len(a["x"])) for p, a in zip(prompts, answer)]
+
 def leaves_a_child(prompts, completions):
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     (PROBE / "pid").write_text(f"{os.getpid()} {child.pid}")
@@ -187,7 +198,8 @@ def test_none_stays_none_and_zero_stays_zero(judge_with, group_of, isolate):
 
 def test_truth_values_and_generators_are_numbers(judge_with, group_of):
     """`completion == answer` is a common reward."""
-    assert judge_with("flags").judge(group_of(2)).scores["reward"] == [0.0, 1.0]
+    for name in ("flags", "numpy_flags"):
+        assert judge_with(name).judge(group_of(2)).scores["reward"] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -389,8 +401,8 @@ def test_an_import_that_interrupts_itself_is_named(tmp_path):
 
 def test_the_check_names_the_columns_that_a_function_asks_for(rewards):
     """Arguments with a default, the token ids and **columns are not asked for."""
-    assert check_reward_function(f"{rewards}:asks", "reward.function") == {"answer", "kind"}
-    assert check_reward_function(f"{rewards}:sees_all", "reward.function") == frozenset()
+    assert check_reward_function(f"{rewards}:asks", "reward.function").needs == {"answer", "kind"}
+    assert check_reward_function(f"{rewards}:sees_all", "reward.function").needs == frozenset()
 
 
 def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):
@@ -401,3 +413,36 @@ def test_good_functions_pass_the_check_and_load_nothing_here(tmp_path, rewards):
     check_reward_function(f"{tmp_path / 'uses.py'}:f", "reward.function")
     check_reward_function("colorsys:rgb_to_hsv", "reward.function")
     assert "neighbour_of_rewards" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("completions, prompts", "its first two arguments are completions and prompts"),
+        ("completions, answer=None, **kw", "its first two arguments are completions and answer"),
+        ("texts, prompts", "its first two arguments are texts and prompts"),
+        ("prompts, completion_ids, **kw", "its first two arguments are prompts and completion_ids"),
+        ("prompts, completions, answer, /", "answer can be given by place alone"),
+    ],
+)
+def test_a_function_for_another_call_is_refused(tmp_path, arguments, said):
+    """It would score the prompts without a word; other names for the two are free."""
+    (tmp_path / "free.py").write_text("def f(questions, texts, /, weight=1.0): return []")
+    check_reward_function(f"{tmp_path / 'free.py'}:f", "reward.function")
+    (tmp_path / "other.py").write_text(f"def f({arguments}): return [1.0] * len(completions)")
+    with pytest.raises(BadInput, match=rf"reward.function: .*: {said}.*expected f\(prompts, completions"):
+        check_reward_function(f"{tmp_path / 'other.py'}:f", "reward.function")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_function_that_changes_what_it_gets_changes_nothing_else(judge_with, group_of, isolate):
+    """Two messages after one append each, one value: 21 for every sample, and the run's own group as before."""
+    plain = group_of(2)
+    said = [{"role": "user", "content": "say a"}]
+    group = dataclasses.replace(
+        plain, prompt=dataclasses.replace(plain.prompt, content=said, columns={"answer": {"x": []}})
+    )
+    judge = judge_with("changes_what_it_gets", isolate)
+    assert [judge.judge(group).scores["reward"] for _ in range(2)] == [[21.0, 21.0]] * 2
+    assert group.prompt.content == [{"role": "user", "content": "say a"}]
+    assert group.prompt.columns == {"answer": {"x": []}}

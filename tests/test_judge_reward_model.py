@@ -218,6 +218,14 @@ def test_a_model_without_a_scalar_head_is_refused_before_the_run(tiny_reward: Pa
         load_score_model(ModelConfig(name=str(headless)), "float32")
 
 
+def test_an_empty_weight_file_beside_the_others_is_named(tiny_reward: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_reward, folder)
+    (folder / "other.safetensors").touch()
+    with pytest.raises(BadInput, match=r"^reward.model: .*other.safetensors is not a whole safetensors file: 0 bytes"):
+        check_reward_model(str(folder), "reward.model", fetch=False)
+
+
 def test_a_run_names_a_function_or_a_model(tiny_reward: Path, run_with: Callable[[Path], RunConfig]) -> None:
     """Neither, both, or a setting that would do nothing is refused; the judge is built for what is named."""
     config = run_with(tiny_reward)

@@ -21,6 +21,7 @@ from rlhf.errors import BadInput, JudgeFailed, NothingScored
 from rlhf.experience import Group
 from rlhf.judges.build import build_reward_judge
 from rlhf.judges.patience import RETRIES, PatientJudge
+from rlhf.judges.post import read_token
 from rlhf.judges.reward_server import RewardServerJudge
 from rlhf.observers import read_jsonl
 
@@ -253,3 +254,14 @@ def test_a_run_goes_on_through_a_server_that_fails_and_never_writes_its_token(
     assert TOKEN not in shown.out + shown.err
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 8 and not any(TOKEN.encode() in path.read_bytes() for path in written)
+
+
+@pytest.mark.parametrize("value", [f"{TOKEN}\nX: y", f"{TOKEN}\x07", f"{TOKEN}é", f"{TOKEN}☃", " \n"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """A newline at the end, as `$(cat FILE; echo)` leaves it, is no part of the token."""
+    monkeypatch.setenv("T", f" {TOKEN}\r\n")
+    assert read_token("T", "reward.token_env") == TOKEN
+    monkeypatch.setenv("T", value)
+    with pytest.raises(BadInput, match=r"reward\.token_env=T") as refused:
+        read_token("T", "reward.token_env")
+    assert TOKEN not in str(refused.value)

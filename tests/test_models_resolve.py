@@ -13,7 +13,7 @@ import pytest
 from rlhf.config import ModelConfig
 from rlhf.errors import BadInput
 from rlhf.models.load import load_model, load_tokenizer, stop_ids
-from rlhf.models.own_code import check_readable
+from rlhf.models.own_code import check_own_code, check_readable
 from rlhf.models.resolve import check_model, is_encoder_decoder, resolve
 from rlhf.models.score_head import check_language_model
 
@@ -172,12 +172,77 @@ def test_a_model_that_scores_is_no_policy(tmp_path: Path) -> None:
     check_language_model(str(resolve("tiny")), "model.name")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "\x00\xff", '{"auto_map": "code.Own"}', '{"auto_map": {"AutoTokenizer": [3]}}']
+)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_file_of_another_form_is_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    (folder / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(BadInput, match=rf"model.name: .*/{name}"):
+        check_model(str(folder))
+
+
+def test_the_older_form_of_a_tokenizer_s_code_is_code(tmp_path: Path) -> None:
+    """A list without a class's name, which transformers runs like the newer form. In config.json it reads none."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"auto_map": ["code.OwnTokenizer", None], "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | own))
+    with pytest.raises(BadInput, match=r"code of its own \(tokenizer_config.json: code.OwnTokenizer\)"):
+        check_own_code(str(folder), "model.name", trust_remote_code=False)
+    (folder / "config.json").write_text('{"auto_map": ["code.Own"]}')
+    with pytest.raises(BadInput, match=r"model/config\.json: auto_map is"):
+        check_model(str(folder))
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_built_model_that_has_lost_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, how: str
+) -> None:
+    entry = tmp_path / resolve("tiny").name
+    shutil.copytree(resolve("tiny"), entry)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    assert resolve("tiny") == entry
+    (entry / lost).unlink() if how == "removed" else (entry / lost).write_bytes(b"")
+    with pytest.raises(BadInput, match=f"{lost}.*{entry} was built here and is not whole any more. Next: remove"):
+        resolve("tiny")
+    shutil.rmtree(entry)
+    resolve("tiny")
+
+
 def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(resolve("tiny"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
     with pytest.raises(BadInput, match=r"lacks tensors, or has them in another shape: .*embed_tokens"):
+        load_model(ModelConfig(name=str(folder)), "float32")
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-untied", "tiny_t5"])
+def test_layers_that_the_config_does_not_count_are_named(tmp_path: Path, name: str) -> None:
+    """transformers loads half a model without a word. Tensors of other kinds may stand beside the model's own."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(tensor for key, tensor in tensors.items() if "embed" in key or "shared" in key)
+    extras = {
+        "score.weight": embedding[:1], "v_head.summary.0.weight": embedding[:1], "lm_head.weight": embedding,
+        "model.layers.1.self_attn.rotary_emb.inv_freq": embedding[0],
+    }  # fmt: skip
+    extras = {key: tensor.clone() for key, tensor in extras.items() if key not in tensors}
+    save_file(tensors | extras, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelConfig(name=str(folder)), "float32")
+    config = json.loads((folder / "config.json").read_text())
+    fewer = {key: 1 for key in ("num_hidden_layers", "num_layers", "num_decoder_layers") if key in config}
+    (folder / "config.json").write_text(json.dumps(config | fewer))
+    with pytest.raises(BadInput, match=r"holds layers that its config.json does not count: .*(layers|block)\.1\."):
         load_model(ModelConfig(name=str(folder)), "float32")
 
 

@@ -20,6 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from rlhf.buffer.audit import ExperienceView
+from rlhf.cli.skipped import refuse_unmoved
+from rlhf.errors import RunFailed
 
 ROOT = Path(__file__).parents[1]
 RLHF = [sys.executable, "-m", "rlhf.cli.main"]
@@ -270,6 +272,29 @@ def test_a_faulty_reward_function_stops_the_run_and_loses_nothing(workplace: Pat
     done(mended)
     assert "none of them is generated again" in mended.stdout
     assert verified(workplace / "faulty")["trained"] == 8 and held["trained"] == 0
+
+
+def test_a_run_whose_steps_were_all_skipped_is_no_success(workplace: Path) -> None:
+    """A price of infinity in float32. Said of each step, exit code 4 at the end, and again when it goes on."""
+    arguments = ["run", "plain.yaml", "--in-process", "--run-dir", "skipped", "algorithm.kl.coef=1e40"]
+    for steps, begins in ((1, "starts"), (2, "goes on at step 1")):
+        ended = rlhf(workplace, *arguments, f"loop.num_steps={steps}")
+        assert ended.returncode == 4, ended.stdout + ended.stderr
+        assert f"no update was applied in {steps} steps: all {steps} optimizer steps were skipped" in ended.stderr
+        assert f"step {steps}: 1 optimizer steps skipped" in ended.stdout and begins in ended.stdout
+        assert "failed: report in" in ended.stdout and "done:" not in ended.stdout
+    assert verified(workplace / "skipped")["trained"] == 8
+
+
+def test_one_update_that_was_applied_is_enough(tmp_path: Path) -> None:
+    """Steps without a gradient norm, but without a skipped optimizer step, had nothing to train on: no failure."""
+    log = tmp_path / "metrics.jsonl"
+    for rows in ([{"faults/nonfinite_step": 1.0}, {"grad_norm": 0.0}], [{"faults/empty_minibatch": 1.0}], []):
+        log.write_text("".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows)))
+        refuse_unmoved(tmp_path)
+    log.write_text(json.dumps({"step": 0, "faults/nonfinite_step": 2.0}))
+    with pytest.raises(RunFailed, match="in 1 steps: all 2 optimizer steps"):
+        refuse_unmoved(tmp_path)
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[Any]") -> None:

@@ -1,13 +1,12 @@
 """`rlhf chat`: a conversation with a model, or with the policy of a run, on a terminal or through a pipe."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.cli.before_after import printable
-from rlhf.cli.exit_codes import DONE
+from rlhf.cli.exit_codes import BAD_INPUT, DONE
 from rlhf.cli.export import newest_policy
 from rlhf.cli.run_directory import CONFIG_FILE
 from rlhf.config import ModelConfig
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 
 PLACE = "RUN_DIR_OR_MODEL"
 HINT = "empty line or Ctrl-D: end; /new: forget the conversation"
+
+
+class TurnTooLong(Exception):
+    """The conversation with this turn has more tokens than the model has positions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +56,22 @@ def run(arguments: argparse.Namespace) -> int:
     terminal = sys.stdin.isatty()
     if terminal:
         print(HINT)
-    while line := _next_line(terminal):
+    refused = False
+    while (line := _next_line(terminal)) is not None:
         if line == "/new":
             conversation = list(opening)
             continue
         conversation.append({"role": "user", "content": line})
-        answer = reply(model, tokenizer, conversation, arguments.max_new_tokens, arguments.temperature)
+        try:
+            answer = reply(model, tokenizer, conversation, arguments.max_new_tokens, arguments.temperature)
+        except TurnTooLong as error:
+            print(f"rlhf: {error}", file=sys.stderr, flush=True)
+            conversation.pop()
+            refused = True
+            continue
         conversation.append({"role": "assistant", "content": answer})
         print(printable(answer), flush=True)
-    return DONE
+    return BAD_INPUT if refused and not terminal else DONE
 
 
 def reply(
@@ -71,7 +81,9 @@ def reply(
     max_new_tokens: int,
     temperature: float,
 ) -> str:
-    """The model's next turn. Without a chat template the turns are put one after the other as plain lines."""
+    """The model's next turn. Without a chat template the turns are put one after the other as plain lines.
+
+    Raises TurnTooLong where the model has no position left for an answer; one that comes to the last position ends."""
     import torch
 
     if tokenizer.chat_template is None:
@@ -81,6 +93,7 @@ def reply(
         text = written_by_template(conversation, tokenizer, PLACE, opening=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    max_new_tokens = min(max_new_tokens, _room(model, ids.shape[1]))
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, top_p=None, top_k=None, **sampling
@@ -89,11 +102,24 @@ def reply(
     return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
+def _room(model: "PreTrainedModel", tokens: int) -> int:
+    """How many tokens an answer to so many may have; behind its last position a model says anything."""
+    limit = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    if not isinstance(limit, int):  # T5 counts distances
+        return sys.maxsize
+    if tokens >= limit:
+        raise TurnTooLong(
+            f"this turn is not answered: with it the conversation has {tokens} tokens, and the model has {limit} "
+            "positions (max_position_embeddings). Next: a shorter line, or /new to forget the conversation"
+        )
+    return limit if model.config.is_encoder_decoder else limit - tokens
+
+
 def _check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 or more")
-    if not (arguments.temperature >= 0 and math.isfinite(arguments.temperature)):
-        raise BadInput(f"--temperature {arguments.temperature:g}: expected a number of 0 (greedy) or more")
+    if arguments.temperature != 0 and not 0.01 <= arguments.temperature <= 100:  # as in a run file; also NaN
+        raise BadInput(f"--temperature {arguments.temperature:g}: expected 0 (greedy), or 0.01 to 100")
     if not 0 <= arguments.seed < 2**63:
         raise BadInput(f"--seed {arguments.seed}: expected a whole number from 0 to 2^63 - 1")
 
@@ -112,8 +138,17 @@ def _folder(name: str) -> Path:
     return resolve(name)
 
 
-def _next_line(terminal: bool) -> str:
-    """The next line; an empty string when there is no more."""
-    if terminal:
-        print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+def _next_line(terminal: bool) -> str | None:
+    """The next line with something in it; None when there is no more, or a person gives an empty one."""
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # Python may have read bytes that are no text as halves of characters
+        except UnicodeError as error:
+            raise BadInput(f"standard input: a line is not text in {sys.stdin.encoding}; expected UTF-8") from error
+        if line.strip():
+            return line.strip()
+        if terminal or not line:
+            return None

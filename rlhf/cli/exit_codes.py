@@ -6,3 +6,4 @@ BAD_INPUT = 2
 NO_CAPACITY = 3
 FAILED = 4
 INTERRUPTED = 130
+READER_GONE = 141  # what a shell says of a program that SIGPIPE ended

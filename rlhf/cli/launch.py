@@ -15,6 +15,7 @@ from rlhf.buffer.snapshot import moment_of
 from rlhf.chaos.points import point
 from rlhf.cli.restarts import Restarts
 from rlhf.cli.run_directory import CONFIG_FILE
+from rlhf.cli.skipped import skipped_text
 from rlhf.cli.stop import StopRequest
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
@@ -74,6 +75,8 @@ class Record:
         if self._archive is not None:
             told["faults/uploads"] = self._archive.failed
         self._observer.step(step, told)
+        if (skipped := skipped_text(step, values)) is not None:
+            self._observer.note(skipped)
         self._restarts.step_done(step)
         self._watch_mismatch(step, values.get("mismatch/logprob_abs_mean", 0.0))
         if self._archive is not None:

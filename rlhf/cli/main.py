@@ -3,13 +3,16 @@
 import argparse
 import errno
 import importlib
+import io
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Protocol
 
 from rlhf import __version__
-from rlhf.cli.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_CAPACITY
+from rlhf.cli.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_CAPACITY, READER_GONE
 from rlhf.errors import BadInput, NoCapacity, RunFailed
 
 COMMANDS = {
@@ -40,7 +43,16 @@ class Command(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the subcommand; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± or é gets a question mark, not a traceback
+    try:
+        return _called(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        if _nobody_reads():  # or Python would say so when it flushes at the very end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _called(words: Sequence[str]) -> int:
     try:
         parser, command = _parser(words)
         arguments = _parse(parser, words)
@@ -57,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return READER_GONE
         if error.errno in NO_NAME:
             return _say(f"{str(error.filename)[:100]!r}: {error.strerror}; expected the name of a file", BAD_INPUT)
         traceback.print_exc()
@@ -64,6 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001  the outermost frame: an unforeseen error is shown whole, with the exit code of a failure
         traceback.print_exc()
         return FAILED
+
+
+def _nobody_reads() -> bool:
+    """Whether whoever read our output is gone, as with `rlhf inspect RUN_DIR | head -1`."""
+    if sys.stdout is None or sys.stdout.closed:
+        return False
+    try:
+        sys.stdout.flush()
+        place = sys.stdout.fileno()
+    except BrokenPipeError:
+        return True
+    except io.UnsupportedOperation:  # no file, as in a test
+        return False
+    pipe = select.poll()  # without a buffer nothing is left to flush
+    pipe.register(place, 0)
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, Command | None]:

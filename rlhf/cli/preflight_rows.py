@@ -13,7 +13,7 @@ from rlhf.data.conversations import checked_messages, content_of, shown
 from rlhf.data.examples import read_examples
 from rlhf.data.records import Record, load_rows
 from rlhf.errors import BadInput
-from rlhf.judges.post import read_token
+from rlhf.judges.post import check_address, read_token
 from rlhf.judges.reward_function import RESERVED, check_reward_function
 from rlhf.models.score_head import check_reward_model
 
@@ -49,8 +49,8 @@ def check_columns(config: RunConfig, rows: Sequence[Row]) -> None:
 
 
 def check_reward(reward: RewardConfig, rows: Sequence[Row]) -> None:
-    """Functions and the columns that they ask for, the config of reward models, tokens of servers, and the rows of the
-    reference answers."""
+    """Functions and the columns that they ask for, the config of reward models, addresses and tokens of servers, and
+    the rows of the reference answers."""
     for key, source in reward.sources().items():
         if source.function is not None:
             _check_function(source.function, f"{key}.function", rows)
@@ -58,6 +58,10 @@ def check_reward(reward: RewardConfig, rows: Sequence[Row]) -> None:
             check_reward_model(source.model, f"{key}.model", fetch=False)
         if source.ranker is not None:
             check_reward_model(source.ranker.model, f"{key}.ranker.model", fetch=False)
+        if source.server is not None:
+            check_address(source.server, f"{key}.server")
+        if source.llm is not None:
+            check_address(source.llm.address, f"{key}.llm.address")
         read_token(source.token_env, f"{key}.token_env")
         _check_opponents(key, source, rows)
     if reward.reference is not None:
@@ -69,13 +73,18 @@ def check_reward(reward: RewardConfig, rows: Sequence[Row]) -> None:
 
 
 def _check_function(function: str, key: str, rows: Sequence[Row]) -> None:
-    needed = check_reward_function(function, key)
+    asked = check_reward_function(function, key)
     for record, columns in rows:
         if taken := sorted(RESERVED & set(columns)):
             raise BadInput(
                 f"{record.place}: column '{taken[0]}' has the name of an argument of reward functions; rename it"
             )
-        if missing := sorted(needed - set(columns)):
+        if twice := sorted(asked.by_place & set(columns)):
+            raise BadInput(
+                f"{key}: the first two arguments of {function} are given the prompts and completions, and one of them "
+                f"has the name of a column, '{twice[0]}' of {record.place}; expected f(prompts, completions, **columns)"
+            )
+        if missing := sorted(asked.needs - set(columns)):
             raise BadInput(
                 f"{key}: {function} asks for '{missing[0]}', which is no column of {record.place}; columns there: "
                 f"{', '.join(sorted(columns)) or 'none'} (beside the prompt). Give the argument a default, or the row "

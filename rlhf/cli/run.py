@@ -19,6 +19,7 @@ from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_generate_only, check_prompts, check_train_only
 from rlhf.cli.progress import RichProgress
 from rlhf.cli.run_directory import check_directory, held, read_config, settle
+from rlhf.cli.skipped import refuse_unmoved
 from rlhf.cluster import Cluster, this_machine
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
@@ -167,7 +168,10 @@ def _train(
     try:
         job, in_process, steps = (config, cluster, run_dir, prompts), arguments.in_process, arguments.generate_only
         if steps is None:
-            outcome = launch.run(*job, in_process=in_process, observer=observer)
+            ended = launch.run(*job, in_process=in_process, observer=observer)
+            if ended == "done":
+                refuse_unmoved(run_dir)
+            outcome = ended
         else:
             outcome = launch.generate(*job, steps, in_process=in_process, observer=observer)
     except KeyboardInterrupt:  # while the team was set up, or a second Ctrl-C

@@ -19,7 +19,7 @@ from rlhf.experience import REWARD, Columns, Group
 from rlhf.judges.answers import ANSWERS_FILE, AnswerStore
 from rlhf.judges.comparisons import LOSS, TIE, WIN, Outcome, both_orders, every_two, inconsistency, mean_worth
 from rlhf.judges.patience import FAULTS, refuse_unscored
-from rlhf.judges.post import ServerFailed, hidden, post_json, read_token
+from rlhf.judges.post import ServerFailed, check_address, hidden, post_json, read_token
 
 INCONSISTENT = f"{REWARD}/inconsistent"
 UNPARSED = f"{FAULTS}judge_unparsed"
@@ -66,7 +66,9 @@ class LanguageModelJudge:
         self._store: AnswerStore | None = None
 
     def setup(self) -> None:
-        """Reads the token, opens the answers. Raises BadInput when the token's variable is not set."""
+        """Reads the token, opens the answers. Raises BadInput when the token's variable is not set, the address is none
+        or the answers cannot be read."""
+        check_address(self._settings.address, f"{self._key}.llm.address")
         self._token = read_token(self._variable, f"{self._key}.token_env")
         self._store = AnswerStore(self._file)
 
@@ -140,7 +142,7 @@ class LanguageModelJudge:
     def _answer(self, body: Mapping[str, Any]) -> str:
         if self._store is None:
             raise RuntimeError("the judge is not set up: call setup before judge")
-        address = f"{self._settings.address.rstrip('/')}/chat/completions"
+        address = chat_address(self._settings.address)
         asked = {"address": address, **body}
         known = self._store.find(asked)
         if known is not None:
@@ -152,6 +154,12 @@ class LanguageModelJudge:
     def _failed(self, group: Group, what: str, again: bool) -> JudgeFailed:
         what, where = hidden(what, self._token), f"prompt {group.prompt.id} (row {group.prompt.row})"
         return JudgeFailed(f"{self._key}.llm: {what}\n{where}", f"{self._key}.llm: {what}", again=again)
+
+
+def chat_address(address: str) -> str:
+    """Where the base address is asked; what stands behind its question mark (a version, on Azure) stays at the end."""
+    path, mark, query = address.partition("?")
+    return f"{path.rstrip('/')}/chat/completions{mark}{query}"
 
 
 def question(settings: LlmConfig, parts: Mapping[str, str]) -> dict[str, Any]:

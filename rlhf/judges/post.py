@@ -30,13 +30,35 @@ class ServerFailed(Exception):
 
 
 def read_token(variable: str | None, key: str) -> str | None:
-    """The token, None where the run file names none. Raises BadInput, with the key, when the variable is not set."""
+    """The token without white space around it (a file's last newline), None where the run file names none.
+
+    Raises BadInput, with the key, when the variable is not set, or cannot be sent: http.client would show it."""
     if variable is None:
         return None
-    token = os.environ.get(variable)
+    token = os.environ.get(variable, "").strip()
     if not token:
         raise BadInput(f"{key}={variable}: there is no such environment variable, or it is empty")
+    if not (token.isascii() and token.isprintable()):
+        raise BadInput(
+            f"{key}={variable}: the variable holds a character that cannot stand in a header (a line break, a control "
+            "character or one outside ASCII); expected printable ASCII. Its value is not shown here"
+        )
     return token
+
+
+def check_address(address: str, key: str) -> None:
+    """Raises BadInput, with the key, for an address that no request could be made of. Asks nobody."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:  # UnicodeError, of a name with an empty or a long part, is one
+        raise BadInput(f"{key}={address!r} is no address: {error}") from error
+    if port == 0:
+        raise BadInput(f"{key}={address!r} is no address: port 0; expected 1 to 65535")
+    rest = parts.path + parts.query
+    if not (rest.isascii() and rest.isprintable()) or " " in rest:
+        raise BadInput(f"{key}={address!r}: the path holds characters to be written as %XX, such as a space or é")
 
 
 def post_json(address: str, body: Mapping[str, Any], token: str | None, timeout_s: float) -> Any:

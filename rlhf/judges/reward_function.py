@@ -6,7 +6,7 @@ texts, strings for conversations too; columns the row's other columns, untouched
 means "cannot score" and stays None: nothing here turns a failure, a time-out or a missing value into a number.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.chaos.points import point
 from rlhf.config import RewardSource
@@ -24,9 +24,17 @@ SHOWN_CHARACTERS = 80
 RESERVED = frozenset({"prompts", "completions", "completion_ids"})
 
 
-def check_reward_function(function: str, key: str) -> frozenset[str]:
-    """The columns that it cannot be called without. Raises BadInput, with the key, when it cannot be imported or called
-    as a reward function; takes at most about six seconds.
+class Asked(NamedTuple):
+    """What a reward function's signature says of the columns: those that it cannot be called without, and the names of
+    the arguments for prompts and completions, which no column may have."""
+
+    needs: frozenset[str]
+    by_place: frozenset[str]
+
+
+def check_reward_function(function: str, key: str) -> Asked:
+    """What it asks of the columns. Raises BadInput, with the key, when it cannot be imported or called as a reward
+    function; takes at most about six seconds.
 
     The import happens in a process of its own, which is ended again: nothing that the function needs is loaded here. An
     import that takes longer is not judged: `RewardFunctionJudge.setup` waits for it.
@@ -35,14 +43,14 @@ def check_reward_function(function: str, key: str) -> frozenset[str]:
     try:
         missing = worker.wait_ready(CHECK_TIMEOUT_S)
     except TimeoutError:
-        return frozenset()
+        return Asked(frozenset(), frozenset())
     except WorkerGone as gone:
         raise BadInput(f"{key}: importing {function!r} ended the process with {gone.status}") from gone
     finally:
         worker.kill()
     if missing is not None:
         raise BadInput(f"{key}: {missing}")
-    return worker.needs
+    return Asked(worker.needs, worker.by_place)
 
 
 class RewardFunctionJudge:

@@ -9,7 +9,7 @@ from rlhf.config import RewardSource
 from rlhf.errors import JudgeFailed
 from rlhf.experience import REWARD, Columns, Group
 from rlhf.judges.patience import refuse_unscored
-from rlhf.judges.post import ServerFailed, hidden, post_json, read_token
+from rlhf.judges.post import ServerFailed, check_address, hidden, post_json, read_token
 from rlhf.judges.worker import WrongAnswer, checked
 
 
@@ -27,7 +27,9 @@ class RewardServerJudge:
         self._variable, self._key = source.token_env, key
 
     def setup(self) -> None:
-        """Reads the token. Raises BadInput when its variable is not set. Whether the server is up is seen later."""
+        """Reads the token. Raises BadInput when its variable is not set, or the address is none. Whether the server is
+        up is seen later."""
+        check_address(self._address, f"{self._key}.server")
         self._token = read_token(self._variable, f"{self._key}.token_env")
 
     def judge(self, group: Group) -> Columns:

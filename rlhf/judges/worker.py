@@ -8,6 +8,7 @@ error.
 Imports the standard library only, so that it starts fast and a function can be checked without loading anything heavy.
 """
 
+import copy
 import fcntl
 import importlib
 import importlib.util
@@ -32,6 +33,7 @@ from typing import Any
 RewardFunction = Callable[..., Iterable[Any]]
 
 IMPORT_SYSTEM = "<frozen importlib"
+OFFERED = "completion_ids"  # beside the data's columns
 LENGTH = struct.Struct(">Q")
 # Learners compute in float32, whose largest number is 3.4e38; sums of squares of rewards must fit, too.
 LARGEST = 1e15
@@ -73,7 +75,16 @@ def needed_columns(function: RewardFunction) -> list[str]:
     except (ValueError, TypeError):  # a callable written in C
         return []
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [p.name for p in by_name if p.default is p.empty and p.name != "completion_ids"]
+    return [p.name for p in by_name if p.default is p.empty and p.name != OFFERED]
+
+
+def names_by_place(function: RewardFunction) -> list[str]:
+    """What the function calls its first two arguments; a column of such a name would be given a second time."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[:2]
+    except (ValueError, TypeError):  # a callable written in C
+        return []
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _refuse_other_calls(function: RewardFunction, spec: str) -> None:
@@ -90,6 +101,19 @@ def _refuse_other_calls(function: RewardFunction, spec: str) -> None:
         raise FunctionNotFound(
             f"{spec} takes {signature}, and is called as f(prompts, completions, **columns): {error}"
         ) from error
+    if wrong := _wrong_order(list(signature.parameters.values())):
+        raise FunctionNotFound(f"{spec} takes {signature}: {wrong}; expected f(prompts, completions, **columns)")
+
+
+def _wrong_order(parameters: Sequence[inspect.Parameter]) -> str | None:
+    """What shows that the function was written for another call, None where nothing does: the call would go well, and
+    prompts be scored in place of answers."""
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    first, second = ([p.name for p in by_place] + ["", ""])[:2]
+    if first in ("completions", OFFERED) or second in ("prompts", OFFERED):
+        return f"its first two arguments are {first} and {second or 'none'}, and are given the prompts and completions"
+    further = [p.name for p in by_place[2:] if p.kind is p.POSITIONAL_ONLY]
+    return f"{further[0]} can be given by place alone, and columns are given by name" if further else None
 
 
 def call(
@@ -102,9 +126,11 @@ def call(
     """f(prompts, completions, **columns), checked: one finite number or None for each completion, in their order.
 
     The function gets those of `completion_ids` and the columns that its signature names, or all with **kwargs. True and
-    False are 1 and 0. Raises WrongAnswer, and whatever the function raises.
+    False are 1 and 0. Each sample has prompt and column values of its own: a function that changes them changes neither
+    the next sample's nor the caller's. Raises WrongAnswer, and whatever the function raises.
     """
-    offered = {**columns, "completion_ids": completion_ids}
+    offered: dict[str, Any] = {name: _copies(values) for name, values in columns.items()}
+    offered[OFFERED] = completion_ids
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # a callable written in C
@@ -114,7 +140,12 @@ def call(
         named = {parameter.name for parameter in parameters}
         accepted = {name: value for name, value in offered.items() if takes_all or name in named}
     expected = len(completions)  # before the call: the function may change its lists
-    return checked(function(prompts, completions, **accepted), expected)
+    return checked(function(_copies(prompts), completions, **accepted), expected)
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """One by one: within one copy, or one pickle, what was the same object stays the same."""
+    return [copy.deepcopy(value) for value in values]
 
 
 def checked(answer: Any, expected: int) -> list[float | None]:
@@ -130,7 +161,7 @@ def checked(answer: Any, expected: int) -> list[float | None]:
         if value is None:
             scores.append(None)
             continue
-        if not isinstance(value, Real):
+        if not isinstance(value, Real) and not _numpy_bool(value):
             raise WrongAnswer(
                 f"its value for sample {index} is {value!r} of type {type(value).__name__}, expected a number or None "
                 "(of a tensor, return .tolist())"
@@ -147,6 +178,11 @@ def checked(answer: Any, expected: int) -> list[float | None]:
             )
         scores.append(score)
     return scores
+
+
+def _numpy_bool(value: Any) -> bool:
+    """numpy's truth value, which is no Real; told by its name, since a function may do without numpy."""
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
 
 
 def send(channel: socket.socket, body: bytes) -> None:
@@ -244,7 +280,8 @@ def main(arguments: Sequence[str]) -> None:
         except BaseException as error:  # noqa: BLE001  nobody interrupts this process but the module that it imports
             send(channel, json.dumps({"missing": f"importing {spec} failed:\n{error_text(error, 1)}"}).encode())
             return
-        send(channel, json.dumps({"needs": needed_columns(function)}).encode())
+        told = {"needs": needed_columns(function), "by_place": names_by_place(function)}
+        send(channel, json.dumps(told).encode())
         while True:
             try:
                 request = receive(channel)

@@ -53,6 +53,7 @@ class WorkerProcess:
         os.close(lifeline)
         self._open = True
         self.needs: frozenset[str] = frozenset()
+        self.by_place: frozenset[str] = frozenset()
 
     @property
     def pid(self) -> int:
@@ -60,9 +61,10 @@ class WorkerProcess:
 
     def wait_ready(self, timeout_s: float) -> str | None:
         """None when the function is imported, else what is wrong with it. `needs` then holds the columns without which
-        it cannot be called. Raises TimeoutError, WorkerGone."""
+        it cannot be called, `by_place` the names that no column may have. Raises TimeoutError, WorkerGone."""
         answer = self._receive(time.monotonic() + timeout_s)
         self.needs = frozenset(answer.get("needs", ()))
+        self.by_place = frozenset(answer.get("by_place", ()))
         missing: str | None = answer.get("missing")
         return missing
 

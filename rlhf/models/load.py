@@ -5,6 +5,7 @@ One function loads the policy, the reference and the generator's copy, so that t
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     """The plain model (no adapter) in `dtype` on the CPU, in eval mode, dropout 0; for QLoRA in 4 bits.
 
     With flash_attention_2, which exists on GPUs only, it is on the GPU. Raises BadInput for an attention implementation
-    that the model does not have, or tensors that the folder lacks (transformers would fill them with random numbers).
+    that the model does not have, tensors that the folder lacks (transformers would fill them with random numbers), or
+    layers that it has and the config does not count.
     """
     transformers_logging.disable_progress_bar()  # it would tear the run's own display, and a load takes seconds
     folder = resolve(config.name)
@@ -58,6 +60,7 @@ def load_model(config: ModelConfig, dtype: Dtype) -> PreTrainedModel:
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise BadInput(f"model.name: {folder} lacks tensors, or has them in another shape: {', '.join(missing[:5])}")
+    check_nothing_left_out(model, report["unexpected_keys"], f"model.name: {folder}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -161,6 +164,26 @@ def _from_folder(
         raise BadInput(f"model.name: {config.name} with model.attention={config.attention}: {error}") from error
     check_attention(loaded[0], config.attention)
     return loaded
+
+
+def check_nothing_left_out(model: PreTrainedModel, unexpected: Iterable[str], place: str) -> None:
+    """Raises BadInput when the weights have more layers than the config: half a model would load without a word.
+
+    Other tensors that the model has no use for (a scalar head, rotary tables, a tied lm_head) are no fault: a layer is
+    told by its number, where the tensor of the layer 0 is the model's own."""
+    names, modules = set(model.state_dict()), {name for name, _ in model.named_modules()}
+    left_out = []
+    for key in sorted(unexpected):
+        parts = key.split(".")
+        for i, part in enumerate(parts):
+            layer, first = ".".join(parts[: i + 1]), ".".join([*parts[:i], "0", *parts[i + 1 :]])
+            if part.isdigit() and layer not in modules and first in names:
+                left_out.append(key)
+    if left_out:
+        raise BadInput(
+            f"{place} holds layers that its config.json does not count: {', '.join(left_out[:5])}. Expected a config "
+            "of these weights (num_hidden_layers)"
+        )
 
 
 def check_attention(model: PreTrainedModel, wanted: str) -> None:

@@ -2,7 +2,6 @@
 
 transformers refuses it too; this says which key asks for it, and finds it before anything heavy starts."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from rlhf.errors import BadInput
-from rlhf.models.resolve import BUILT, resolve
+from rlhf.models.resolve import BUILT, code_parts, resolve
 
 FILES = ("config.json", "tokenizer_config.json")
 
@@ -72,7 +71,5 @@ def _named_code(folder: Path) -> list[str]:
     found = []
     for name in FILES:
         if (folder / name).is_file():
-            code = json.loads((folder / name).read_text()).get("auto_map") or {}
-            parts = [part for value in code.values() for part in (value if isinstance(value, list) else [value])]
-            found += [f"{name}: {part}" for part in dict.fromkeys(parts) if part]
+            found += [f"{name}: {part}" for part in code_parts(folder / name)]
     return found

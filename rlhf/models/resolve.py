@@ -98,15 +98,15 @@ def check_folder(folder: Path) -> None:
         raise BadInput(
             f"model.name: {folder} has no config.json, so it is not a model folder; it holds {_listing(folder)}"
         )
-    for name in ("config.json", "generation_config.json"):
+    for name, check in _CHECKS:
         if (folder / name).is_file():
-            _check_eos(folder / name)
+            check(folder / name)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise BadInput(f"model.name: {folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if single.is_file():
-            return _check_weights(single)
+            return check_weights(single)
         if index.is_file():
             return _check_shards(folder, index)
     raise BadInput(
@@ -121,6 +121,30 @@ def _check_eos(file: Path) -> None:
     found = eos if isinstance(eos, list) else [eos]
     if eos is not None and not all(type(token) is int for token in found):
         raise BadInput(f"model.name: {file}: eos_token_id is {eos!r}; expected a whole number, or a list of them")
+
+
+def code_parts(file: Path) -> list[str]:
+    """The code of its own (`auto_map`) that a file of a model names. Raises BadInput for a file that is no JSON object,
+    or an auto_map of another form than transformers reads."""
+    named = _read_json(file).get("auto_map") or {}
+    if isinstance(named, list) and file.name == "tokenizer_config.json":  # the older form, without the class's name
+        named = {"AutoTokenizer": named}
+    values: list[Any] = list(named.values()) if isinstance(named, dict) else [0]
+    parts: list[Any] = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    if not all(part is None or isinstance(part, str) for part in parts):
+        raise BadInput(
+            f"model.name: {file}: auto_map is {str(named)[:80]!r}; expected an object of a class and its code each"
+        )
+    return [part for part in dict.fromkeys(parts) if part]
+
+
+# What the small files of a folder are checked for.
+_CHECKS: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    ("config.json", _check_eos),
+    ("generation_config.json", _check_eos),
+    ("config.json", code_parts),
+    ("tokenizer_config.json", code_parts),
+)
 
 
 def _check_shards(folder: Path, index: Path) -> None:
@@ -139,11 +163,11 @@ def _check_shards(folder: Path, index: Path) -> None:
             f"hold {tensors} of {len(weight_map)} tensors. Copy the missing files beside {index.name}"
         )
     for shard in shards:
-        _check_weights(folder / shard)
+        check_weights(folder / shard)
 
 
-def _check_weights(file: Path) -> None:
-    """A weight file that was cut short: a safetensors file says in its header how long it is."""
+def check_weights(file: Path) -> None:
+    """Raises BadInput for a weight file that was cut short: a safetensors file says in its header how long it is."""
     size = file.stat().st_size
     if file.suffix != ".safetensors":
         if size == 0:
@@ -209,6 +233,7 @@ def _cached(entry: str, build: Callable[[Path], None]) -> Path:
     """The cache's entry, built beside its place and renamed: whoever renames first wins, the other copy goes."""
     final = cache_root() / entry
     if final.is_dir():
+        _check_built(final)
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -229,6 +254,18 @@ def _cached(entry: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return final
+
+
+def _check_built(folder: Path) -> None:
+    """Raises BadInput for an entry of the cache that has lost files since it was built, all of it in one rename."""
+    try:
+        check_folder(folder)
+        _read_json(folder / "tokenizer.json")
+    except (BadInput, FileNotFoundError) as error:
+        raise BadInput(
+            f"{str(error).removeprefix('model.name: ')}. {folder} was built here and is not whole any more. Next: "
+            "remove that folder; it is then built again"
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

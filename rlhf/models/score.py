@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.config import Dtype, ModelConfig
 from rlhf.errors import BadInput
 from rlhf.models.encoder_decoder import start_token, whole_in_both
-from rlhf.models.load import DTYPES, check_attention, without_dropout
+from rlhf.models.load import DTYPES, check_attention, check_nothing_left_out, without_dropout
 from rlhf.models.policy import probe_inputs
 from rlhf.models.resolve import resolve
 from rlhf.seeding import seed_for
@@ -191,6 +191,7 @@ def _load(config: ModelConfig, dtype: Dtype) -> tuple[PreTrainedModel, list[str]
         transformers_logging.set_verbosity(verbosity)
     model = cast(PreTrainedModel, loaded)
     check_attention(model, config.attention)
+    check_nothing_left_out(model, report["unexpected_keys"], config.name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import BadInput
-from rlhf.models.resolve import BUILT, check_model, read_config, resolve
+from rlhf.models.resolve import BUILT, check_model, check_weights, read_config, resolve
 from rlhf.places import expanded
 
 EXPECTED = (
@@ -27,10 +27,10 @@ def check_reward_model(name: str, key: str, *, fetch: bool) -> None:
     try:
         check_model(name)
         folder = resolve(name) if fetch or expanded(name).is_dir() else None
+        if folder is not None:
+            check_score_head(folder, key)
     except BadInput as error:
         raise BadInput(str(error).replace("model.name", key)) from error
-    if folder is not None:
-        check_score_head(folder, key)
 
 
 def check_language_model(name: str, key: str) -> None:
@@ -62,10 +62,12 @@ def check_score_head(folder: Path, key: str) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, list[int]] | None:
-    """Shapes by tensor name out of the safetensors headers; None for weights in another format."""
+    """Shapes by tensor name out of the safetensors headers; None for weights in another format. Raises BadInput for a
+    file that is not whole, also one beside those that the model's index names."""
     files = sorted(folder.glob("*.safetensors"))
     found: dict[str, list[int]] = {}
     for file in files:
+        check_weights(file)
         with file.open("rb") as stream:
             header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
