@@ -44,17 +44,17 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_directory_that_cannot_be_made(run_file: Path, place: str) -> None:
     config = RunConfig.model_validate(SECTIONS)
     with pytest.raises(BadInput, match=rf"^--run-dir {place}: cannot be written: (Not a directory|File name too long)"):
-        settle(Path(place), config, Cluster(), fresh=False)
+        settle(Path(place), config, Cluster(), "training", fresh=False)
 
 
 def test_a_run_is_not_put_inside_another(tmp_path: Path) -> None:
     """Control: a folder with a config.yaml of somebody's own is no run."""
     config = RunConfig.model_validate(SECTIONS)
     (tmp_path / "config.yaml").write_text(dump(config))
-    settle(tmp_path / "runs" / "a", config, Cluster(), fresh=False)
+    settle(tmp_path / "runs" / "a", config, Cluster(), "training", fresh=False)
     (tmp_path / "experience.db").touch()
     with pytest.raises(BadInput, match=f"is inside another run, {tmp_path}; expected a folder outside"):
-        settle(tmp_path / "checkpoints" / "b", config, Cluster(), fresh=False)
+        settle(tmp_path / "checkpoints" / "b", config, Cluster(), "training", fresh=False)
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check(config, arguments.to, arguments.prompts)
     if not arguments.in_process:
         check_actors_is_ours()
-    check_directory(run_dir, config, fresh=False)
+    check_directory(run_dir, config, "pairs", fresh=False)
     check_cheaply(config, cluster)
     prompts = check_prompts(config)
-    settle(run_dir, config, cluster, fresh=False)
+    settle(run_dir, config, cluster, "pairs", fresh=False)
     count: int = arguments.prompts or len(prompts)
     try:
         with held(run_dir):

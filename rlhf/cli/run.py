@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
     if not arguments.in_process:
         check_actors_is_ours()
-    check_directory(run_dir, config, fresh=arguments.fresh)
+    check_directory(run_dir, config, "training", fresh=arguments.fresh)
     record = _checked_sides(arguments, config, cluster)
     chaos = None
     if arguments.chaos is not None:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     prompts = check_prompts(config) if record is None else record
     with names_a_full_disk(run_dir):
         told = _from_storage(config, cluster, run_dir, fresh=arguments.fresh)
-        settle(run_dir, config, cluster, fresh=arguments.fresh)
+        settle(run_dir, config, cluster, "training", fresh=arguments.fresh)
         # Twice: at the end of a block of faults on purpose the disk is made free again.
         with held(run_dir), faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
             point("start: directory settled")
@@ -148,7 +148,7 @@ def _from_storage(config: RunConfig, cluster: Cluster, run_dir: Path, *, fresh: 
         )
     told: list[str] = []
     if not fresh and not (run_dir.is_dir() and any(run_dir.iterdir())):
-        restore(storage, run_dir, lambda folder: check_directory(folder, config, fresh=False), told.append)
+        restore(storage, run_dir, lambda folder: check_directory(folder, config, "training", fresh=False), told.append)
     return told
 
 

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
+from rlhf import checkpoint
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.folders import writing
 from rlhf.cluster import Cluster
@@ -16,11 +18,21 @@ from rlhf.config import RunConfig
 from rlhf.config_file import differing_keys, dump, load_run
 from rlhf.durable import BESIDE, replace_durably
 from rlhf.errors import BadInput
+from rlhf.observers import METRICS_FILE
+from rlhf.ui.report import DATA_FILE
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.yaml"
 LOCK_FILE = ".lock"
+KIND_FILE = "kind"
 OPTION = "--run-dir"
+
+# What a run directory is for. Its prompts are issued and taken by other rules for each, so none goes on with another's.
+Kind = Literal["training", "pairs"]
+HOLDS: dict[Kind, str] = {
+    "training": "a training run (`rlhf run`)",
+    "pairs": "answers and scores of `rlhf data pairs`",
+}
 
 # Keys that may change when a run is gone on with: none of them changes a step that is already history.
 MAY_CHANGE = (
@@ -42,21 +54,22 @@ MAY_CHANGE = (
 )
 
 
-def settle(run_dir: Path, config: RunConfig, cluster: Cluster, *, fresh: bool) -> None:
+def settle(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> None:
     """Leaves a directory that holds this config and this cluster, and the run so far if it is the same run.
 
     With `fresh` an old directory is moved to <name>.old-<number>. Raises BadInput when the directory holds another run,
     or something that is not a run."""
-    check_directory(run_dir, config, fresh=fresh)
+    check_directory(run_dir, config, kind, fresh=fresh)
     if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
         run_dir.rename(_free_name(run_dir))
     with writing(OPTION, run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_durably(run_dir / CONFIG_FILE, dump(config))
         replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+        replace_durably(run_dir / KIND_FILE, kind + "\n")
 
 
-def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
+def check_directory(run_dir: Path, config: RunConfig, kind: Kind, *, fresh: bool) -> None:
     """The refusals of `settle`, changing nothing."""
     with writing(OPTION, run_dir):
         if run_dir.exists() and not run_dir.is_dir():
@@ -68,6 +81,7 @@ def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
     if fresh:
         return
     if (run_dir / CONFIG_FILE).is_file():
+        _check_kind(run_dir, kind)
         _check_same_run(run_dir, config)
     elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE}):
         there = ", ".join(sorted(found)[:5])
@@ -99,6 +113,23 @@ def read_config(run_dir: Path) -> RunConfig:
     if not (run_dir / CONFIG_FILE).is_file():
         raise BadInput(f"{run_dir}: not a run directory: it has no {CONFIG_FILE}")
     return load_run(run_dir / CONFIG_FILE, [])
+
+
+def _check_kind(run_dir: Path, kind: Kind) -> None:
+    there = _kind_of(run_dir)
+    if there is not None and there != kind:
+        raise BadInput(
+            f"--run-dir {run_dir}: holds {HOLDS[there]}, which would be lost to {HOLDS[kind]}. Next: another --run-dir"
+        )
+
+
+def _kind_of(run_dir: Path) -> Kind | None:
+    """None where it cannot be told: directories of before this file was written, in which nothing was trained yet."""
+    path = run_dir / KIND_FILE
+    if path.is_file():
+        return "pairs" if path.read_text(encoding="utf-8").strip() == "pairs" else "training"
+    trained = any((run_dir / name).exists() for name in (METRICS_FILE, DATA_FILE, checkpoint.FOLDER))
+    return "training" if trained else None
 
 
 def _check_same_run(run_dir: Path, config: RunConfig) -> None:

@@ -1,0 +1,71 @@
+"""Who may use a run directory, and what a second or refused command leaves of it; damaged logs and a closed pipe.
+
+Not covered: Ray, and machines that share a file system, where the kernel's lock depends on that file system.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.cli.main import main
+
+Command = Callable[..., tuple[int, str, str]]
+STEPS = "loop.num_steps=3"
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process, in a folder with a run file of prompts; exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(12)))
+    (tmp_path / "reward.py").write_text(
+        "def score(prompts, completions):\n"
+        "    return [None if prompts[0] == 'Say 2.' else float(len(text)) for text in completions]\n"
+    )
+    content: dict[str, Any] = {
+        "model": {"name": "tiny"},
+        "algorithm": {"name": "rloo", "samples_per_prompt": 2, "kl": {"coef": 0.0}},
+        "data": {"path": "prompts.jsonl", "shuffle": False},
+        "loop": {"num_steps": 1, "groups_per_step": 2, "checkpoint_every": 1},
+        "generation": {"engine": "transformers", "max_new_tokens": 4},
+        "learner": {"engine": "torch"},
+        "reward": {"function": "reward.py:score", "isolate": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(list(words))
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def train(command: Command) -> Command:
+    return lambda *words: command("run", "run.yaml", "--in-process", *words)
+
+
+@pytest.fixture
+def pairs(command: Command) -> Command:
+    return lambda *words: command("data", "pairs", "run.yaml", "--in-process", "--prompts", "3", *words)
+
+
+def test_pairs_and_training_do_not_go_on_with_each_other(
+    tmp_path: Path, command: Command, train: Command, pairs: Command
+) -> None:
+    """Also of a training run of before the kind was written down; which `rlhf run` goes on with."""
+    assert train("--run-dir", "a")[0] == 0
+    for _ in range(2):
+        code, _, said = pairs("--run-dir", "a", "--to", "o.jsonl")
+        assert code == 2 and "a: holds a training run (`rlhf run`)" in said and "another --run-dir" in said
+        (tmp_path / "a" / "kind").unlink(missing_ok=True)
+    assert command("verify", "a")[0] == 0 and not (tmp_path / "o.jsonl").exists()
+    assert train("--run-dir", "a", "loop.num_steps=2")[0] == 0
+    assert pairs("--run-dir", "b", "--to", "o.jsonl")[0] == 0
+    code, _, said = train("--run-dir", "b")
+    assert code == 2 and "b: holds answers and scores of `rlhf data pairs`" in said
