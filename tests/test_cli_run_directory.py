@@ -4,6 +4,7 @@ Not covered: Ray, and machines that share a file system, where the kernel's lock
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from rlhf.cli.main import main
+from rlhf.cli.run_directory import held
 
 Command = Callable[..., tuple[int, str, str]]
 STEPS = "loop.num_steps=3"
@@ -69,3 +71,18 @@ def test_pairs_and_training_do_not_go_on_with_each_other(
     assert pairs("--run-dir", "b", "--to", "o.jsonl")[0] == 0
     code, _, said = train("--run-dir", "b")
     assert code == 2 and "b: holds answers and scores of `rlhf data pairs`" in said
+
+
+@pytest.mark.parametrize("words", [("--fresh",), ("loop.num_steps=7",)])
+def test_a_second_command_leaves_a_live_run_as_it_is(tmp_path: Path, train: Command, words: tuple[str, ...]) -> None:
+    """Neither moved away nor rewritten. Control: once it is no longer held, --fresh moves it."""
+    assert train("--run-dir", "a")[0] == 0
+    before = {name: (tmp_path / "a" / name).read_bytes() for name in ("config.yaml", "cluster.yaml")}
+    (tmp_path / "other.yaml").write_text("trainer: {cpus: 1}\n")
+    with held(tmp_path / "a"):
+        code, _, said = train("--run-dir", "a", "--cluster", "other.yaml", *words)
+    assert code == 2 and f"a: is being run by process {os.getpid()}" in said
+    assert {name: (tmp_path / "a" / name).read_bytes() for name in before} == before
+    assert not (tmp_path / "a.old-1").exists()
+    if words == ("--fresh",):
+        assert train("--run-dir", "a", *words)[0] == 0 and (tmp_path / "a.old-1" / "metrics.jsonl").is_file()

@@ -16,7 +16,7 @@ from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
-from rlhf.cli.run_directory import check_directory, held, settle
+from rlhf.cli.run_directory import check_directory, settled
 from rlhf.cluster import Cluster
 from rlhf.config import LoopConfig, RunConfig
 from rlhf.config_file import load_cluster, load_run
@@ -53,10 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_directory(run_dir, config, "pairs", fresh=False)
     check_cheaply(config, cluster)
     prompts = check_prompts(config)
-    settle(run_dir, config, cluster, "pairs", fresh=False)
     count: int = arguments.prompts or len(prompts)
     try:
-        with held(run_dir):
+        with settled(run_dir, config, cluster, "pairs", fresh=False):
             groups = judged_groups(config, cluster, run_dir, prompts, count, in_process=arguments.in_process)
     except Interrupted:
         return INTERRUPTED

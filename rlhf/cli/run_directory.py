@@ -54,23 +54,33 @@ MAY_CHANGE = (
 )
 
 
-def settle(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> None:
-    """Leaves a directory that holds this config and this cluster, and the run so far if it is the same run.
+@contextmanager
+def settled(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> Iterator[None]:
+    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same one.
 
-    With `fresh` an old directory is moved to <name>.old-<number>. Raises BadInput when the directory holds another run,
-    or something that is not a run."""
+    The lock comes first: nothing is moved or written under a run that is alive. With `fresh` an old directory is moved
+    to <name>.old-<number>. Raises BadInput when the directory holds another run, or something that is not a run, or
+    when another process runs it."""
     check_directory(run_dir, config, kind, fresh=fresh)
-    if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
-        run_dir.rename(_free_name(run_dir))
-    with writing(OPTION, run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_durably(run_dir / CONFIG_FILE, dump(config))
-        replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
-        replace_durably(run_dir / KIND_FILE, kind + "\n")
+    if fresh and not is_empty(run_dir):
+        with held(run_dir):
+            run_dir.rename(_free_name(run_dir))
+    with held(run_dir):
+        check_directory(run_dir, config, kind, fresh=False)  # again: another process may have come before the lock
+        with writing(OPTION, run_dir):
+            replace_durably(run_dir / CONFIG_FILE, dump(config))
+            replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+            replace_durably(run_dir / KIND_FILE, kind + "\n")
+        yield
+
+
+def is_empty(run_dir: Path) -> bool:
+    """Missing, or without anything but a lock: the mark of a process that died before its first file stood."""
+    return not run_dir.is_dir() or all(path.name == LOCK_FILE for path in run_dir.iterdir())
 
 
 def check_directory(run_dir: Path, config: RunConfig, kind: Kind, *, fresh: bool) -> None:
-    """The refusals of `settle`, changing nothing."""
+    """The refusals of `settled` but for the lock, changing nothing."""
     with writing(OPTION, run_dir):
         if run_dir.exists() and not run_dir.is_dir():
             raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
@@ -83,17 +93,21 @@ def check_directory(run_dir: Path, config: RunConfig, kind: Kind, *, fresh: bool
     if (run_dir / CONFIG_FILE).is_file():
         _check_kind(run_dir, kind)
         _check_same_run(run_dir, config)
-    elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE}):
+    elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE, LOCK_FILE}):
         there = ", ".join(sorted(found)[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory: one run at a time. Raises BadInput, naming the process, when another one has it.
+    """Holds the run directory, made where it is missing: one run at a time. Raises BadInput, naming the process, when
+    another one has it.
 
     The lock is the kernel's and ends with the process, however that ends."""
-    with (run_dir / LOCK_FILE).open("a+") as file:
+    with writing(OPTION, run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / LOCK_FILE).open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
