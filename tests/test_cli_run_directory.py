@@ -86,3 +86,28 @@ def test_a_second_command_leaves_a_live_run_as_it_is(tmp_path: Path, train: Comm
     assert not (tmp_path / "a.old-1").exists()
     if words == ("--fresh",):
         assert train("--run-dir", "a", *words)[0] == 0 and (tmp_path / "a.old-1" / "metrics.jsonl").is_file()
+
+
+def test_pairs_overwrite_nothing_but_their_own(tmp_path: Path, pairs: Command) -> None:
+    """The file that the same run directory wrote is replaced, for more prompts too, until somebody has changed it."""
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    (tmp_path / "linked.jsonl").symlink_to("prompts.jsonl")
+    (tmp_path / "file").touch()
+    before = (tmp_path / "prompts.jsonl").read_bytes()
+    for to, said in {
+        "mine.jsonl": "mine.jsonl: exists already",
+        "prompts.jsonl": "would overwrite or change data.path",
+        "linked.jsonl": "would overwrite or change data.path",
+        "file/below.jsonl": "--to file/below.jsonl: ",
+        "a/o.jsonl": "is inside --run-dir a",
+    }.items():
+        code, _, errors = pairs("--run-dir", "a", "--to", to)
+        assert code == 2 and said in errors
+    assert not (tmp_path / "a").exists() and (tmp_path / "prompts.jsonl").read_bytes() == before
+    assert (tmp_path / "mine.jsonl").read_text() == "{}\n"
+    assert pairs("--run-dir", "a", "--to", "o.jsonl")[0] == 0
+    assert pairs("--run-dir", "a", "--to", "o.jsonl", "--prompts", "4")[0] == 0
+    with (tmp_path / "o.jsonl").open("a") as file:
+        file.write("{}\n")
+    code, _, errors = pairs("--run-dir", "a", "--to", "o.jsonl")
+    assert code == 2 and "o.jsonl: exists already, and is not as this command wrote it with --run-dir a" in errors
