@@ -14,6 +14,7 @@ import yaml
 
 from rlhf.cli.main import main
 from rlhf.cli.run_directory import held
+from rlhf.durable import read_jsonl
 
 Command = Callable[..., tuple[int, str, str]]
 STEPS = "loop.num_steps=3"
@@ -111,3 +112,27 @@ def test_pairs_overwrite_nothing_but_their_own(tmp_path: Path, pairs: Command) -
         file.write("{}\n")
     code, _, errors = pairs("--run-dir", "a", "--to", "o.jsonl")
     assert code == 2 and "o.jsonl: exists already, and is not as this command wrote it with --run-dir a" in errors
+
+
+def test_damaged_logs_stop_neither_the_run_nor_inspect(tmp_path: Path, command: Command, train: Command) -> None:
+    """The damaged step is missing from the log afterwards, and is told once; the ledger has it."""
+    assert train("--run-dir", "a", "data.heldout=2")[0] == 0
+    a = tmp_path / "a"
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (a / name).write_bytes(b"\xff{half\n[1]\n" + (a / name).read_bytes())
+    (a / "status.json").touch()
+    (a / "data.json").write_text("")
+    code, shown, _ = command("inspect", "a")
+    assert code == 0 and "1 of 1 steps trained" in shown and "metrics.jsonl: damaged at 2 lines, 1, 2" in shown
+    found = json.loads(command("inspect", "a", "--json")[1])
+    assert [Path(line.split(":")[0]).name for line in found["unreadable"]] == [
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "status.json",
+        "data.json",
+    ]
+    assert [row["step"] for row in found["evaluations"]] == [0, 1] and found["last_metrics"]["step"] == 0
+    code, shown, errors = train("--run-dir", "a", "data.heldout=2", "loop.num_steps=2")
+    assert code == 0, errors
+    assert sum("metrics.jsonl: damaged at 2 lines, 1, 2, left out" in line for line in shown.splitlines()) == 1
+    assert [row["step"] for row in read_jsonl(a / "metrics.jsonl")] == [0, 1]

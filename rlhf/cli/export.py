@@ -13,7 +13,7 @@ from rlhf.cli.run_directory import read_config
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.evaluation import heldout
-from rlhf.observers import EVALUATIONS_FILE, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, read_steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def _best(run_dir: Path, config: RunConfig, among: Sequence[int]) -> int:
     measure = config.loop.keep_best
     if measure is None:
         raise BadInput("--checkpoint best: loop.keep_best is not set, so none was kept as the best; expected a number")
-    updates = heldout.best(read_jsonl(run_dir / EVALUATIONS_FILE), measure, among)
+    updates = heldout.best(read_steps(run_dir / EVALUATIONS_FILE)[0], measure, among)
     if updates is None:
         raise BadInput(f"--checkpoint best: none of the checkpoints {list(among)} was evaluated")
     return updates
