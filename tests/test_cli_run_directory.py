@@ -136,3 +136,14 @@ def test_damaged_logs_stop_neither_the_run_nor_inspect(tmp_path: Path, command: 
     assert code == 0, errors
     assert sum("metrics.jsonl: damaged at 2 lines, 1, 2, left out" in line for line in shown.splitlines()) == 1
     assert [row["step"] for row in read_jsonl(a / "metrics.jsonl")] == [0, 1]
+
+
+def test_a_start_that_was_refused_late_does_not_block_the_corrected_one(tmp_path: Path, train: Command) -> None:
+    """What it left is moved, not deleted. Control: once prompts were issued, other settings are another run."""
+    code, _, said = train("--run-dir", "a", "model.lora={target_modules: [nope]}")
+    assert code == 2 and "nope is no layer" in said and (tmp_path / "a" / "config.yaml").is_file()
+    code, shown, _ = train("--run-dir", "a")
+    assert code == 0 and "a: what it held is moved to a.old-1" in shown
+    assert "nope" in (tmp_path / "a.old-1" / "config.yaml").read_text()
+    code, _, said = train("--run-dir", "a", "model.lora={target_modules: [q_proj]}")
+    assert code == 2 and "a: holds another run" in said and not (tmp_path / "a.old-2").exists()

@@ -7,6 +7,7 @@ are in a run directory before anything is written, so a command that was killed 
 import argparse
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = check_prompts(config)
     count: int = arguments.prompts or len(prompts)
     try:
-        with settled(run_dir, config, cluster, "pairs", fresh=False):
+        with settled(run_dir, config, cluster, "pairs", fresh=False) as moved:
+            for line in moved:
+                print(line, file=sys.stderr)
             groups = judged_groups(config, cluster, run_dir, prompts, count, in_process=arguments.in_process)
     except Interrupted:
         return INTERRUPTED

@@ -83,9 +83,9 @@ def _run(arguments: argparse.Namespace) -> int:
         told = _from_storage(config, cluster, run_dir, fresh=arguments.fresh)
         ours = settled(run_dir, config, cluster, "training", fresh=arguments.fresh)
         # Twice: at the end of a block of faults on purpose the disk is made free again.
-        with ours, faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
+        with ours as moved, faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
             point("start: directory settled")
-            return _in_its_directory(config, cluster, run_dir, prompts, arguments, told)
+            return _in_its_directory(config, cluster, run_dir, prompts, arguments, [*moved, *told])
 
 
 def _checked_sides(arguments: argparse.Namespace, config: RunConfig, cluster: Cluster) -> "RecordedSet | None":

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from rlhf import checkpoint
-from rlhf.buffer.schema import FILE_NAME
+from rlhf.buffer.schema import FILE_NAME, DamagedExperience
+from rlhf.buffer.snapshot import moment_of
 from rlhf.cli.folders import writing
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
@@ -55,23 +56,27 @@ MAY_CHANGE = (
 
 
 @contextmanager
-def settled(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> Iterator[None]:
-    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same one.
+def settled(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> Iterator[list[str]]:
+    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same one;
+    yields what there is to tell.
 
     The lock comes first: nothing is moved or written under a run that is alive. With `fresh` an old directory is moved
-    to <name>.old-<number>. Raises BadInput when the directory holds another run, or something that is not a run, or
-    when another process runs it."""
+    to <name>.old-<number>; so is one in which another start, refused late, left nothing to go on with. Raises BadInput
+    when the directory holds another run, or something that is not a run, or when another process runs it."""
     check_directory(run_dir, config, kind, fresh=fresh)
-    if fresh and not is_empty(run_dir):
+    told = []
+    if not is_empty(run_dir) and (fresh or _holds_another(run_dir, config, kind)):
         with held(run_dir):
-            run_dir.rename(_free_name(run_dir))
+            check_directory(run_dir, config, kind, fresh=fresh)  # again: it may have begun since
+            aside = run_dir.rename(_free_name(run_dir))
+        told.append(f"{run_dir}: what it held is moved to {aside}")
     with held(run_dir):
         check_directory(run_dir, config, kind, fresh=False)  # again: another process may have come before the lock
         with writing(OPTION, run_dir):
             replace_durably(run_dir / CONFIG_FILE, dump(config))
             replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
             replace_durably(run_dir / KIND_FILE, kind + "\n")
-        yield
+        yield told
 
 
 def is_empty(run_dir: Path) -> bool:
@@ -91,8 +96,9 @@ def check_directory(run_dir: Path, config: RunConfig, kind: Kind, *, fresh: bool
     if fresh:
         return
     if (run_dir / CONFIG_FILE).is_file():
-        _check_kind(run_dir, kind)
-        _check_same_run(run_dir, config)
+        if _has_begun(run_dir):
+            _check_kind(run_dir, kind)
+            _check_same_run(run_dir, config)
     elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE, LOCK_FILE}):
         there = ", ".join(sorted(found)[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
@@ -127,6 +133,27 @@ def read_config(run_dir: Path) -> RunConfig:
     if not (run_dir / CONFIG_FILE).is_file():
         raise BadInput(f"{run_dir}: not a run directory: it has no {CONFIG_FILE}")
     return load_run(run_dir / CONFIG_FILE, [])
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether a prompt was issued there or a step trained. Where none was, and the files are ours, they are those of a
+    start that was refused late or killed early, and bind nobody."""
+    buffer = run_dir / FILE_NAME
+    if not (run_dir / KIND_FILE).is_file() or checkpoint.folders(run_dir):
+        return True
+    try:
+        return buffer.is_file() and moment_of(buffer).issued > 0
+    except DamagedExperience:
+        return True
+
+
+def _holds_another(run_dir: Path, config: RunConfig, kind: Kind) -> bool:
+    try:
+        _check_kind(run_dir, kind)
+        _check_same_run(run_dir, config)
+    except BadInput:
+        return True
+    return False
 
 
 def _check_kind(run_dir: Path, kind: Kind) -> None:
