@@ -147,3 +147,10 @@ def test_a_start_that_was_refused_late_does_not_block_the_corrected_one(tmp_path
     assert "nope" in (tmp_path / "a.old-1" / "config.yaml").read_text()
     code, _, said = train("--run-dir", "a", "model.lora={target_modules: [q_proj]}")
     assert code == 2 and "a: holds another run" in said and not (tmp_path / "a.old-2").exists()
+
+
+def test_with_json_the_output_is_one_object(pairs: Command) -> None:
+    """The reward cannot score prompt 2. Control: without --json it is said on standard output."""
+    code, shown, said = pairs("--to", "a.jsonl", "--json")
+    assert code == 0 and json.loads(shown)["prompts"] == 3 and "prompt 2 is dropped" in said
+    assert "prompt 2 is dropped" in pairs("--to", "b.jsonl")[1]

@@ -8,7 +8,9 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_target(arguments.to, arguments.config, config, run_dir)
     prompts = check_prompts(config)
     count: int = arguments.prompts or len(prompts)
+    # With --json standard output is the one object and nothing else.
+    note = partial(print, file=sys.stderr if arguments.json else sys.stdout)
     try:
         with settled(run_dir, config, cluster, "pairs", fresh=False) as moved:
             for line in moved:
-                print(line, file=sys.stderr)
-            groups = judged_groups(config, cluster, run_dir, prompts, count, in_process=arguments.in_process)
+                note(line)
+            groups = judged_groups(config, cluster, run_dir, prompts, count, note, in_process=arguments.in_process)
     except Interrupted:
         return INTERRUPTED
     from rlhf.data.pairs import pairs_from
@@ -82,7 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judged_groups(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: Prompts, count: int, *, in_process: bool
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: Prompts,
+    count: int,
+    note: Callable[[str], None],
+    *,
+    in_process: bool,
 ) -> list[Group]:
     """`count` groups of the policy as it is, scored, by prompt id; those that the directory holds are not made again.
 
@@ -100,8 +111,8 @@ def judged_groups(
         learner_annotates=False,
     )
     stop = StopRequest()
-    restarts = launch.Restarts(config.loop.max_restarts, print)
-    order = Order(blueprint, cluster, run_dir.absolute(), prompts, None, 0, stop, print, restarts.count)
+    restarts = launch.Restarts(config.loop.max_restarts, note)
+    order = Order(blueprint, cluster, run_dir.absolute(), prompts, None, 0, stop, note, restarts.count)
     launch.gather(order, stop, in_process=in_process)
     view = ExperienceView(run_dir / FILE_NAME)
     return [group for group, state, _ in view.stored() if state == "complete"][:count]
