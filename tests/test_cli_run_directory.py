@@ -154,3 +154,12 @@ def test_with_json_the_output_is_one_object(pairs: Command) -> None:
     code, shown, said = pairs("--to", "a.jsonl", "--json")
     assert code == 0 and json.loads(shown)["prompts"] == 3 and "prompt 2 is dropped" in said
     assert "prompt 2 is dropped" in pairs("--to", "b.jsonl")[1]
+
+
+def test_nothing_is_exported_among_checkpoints(tmp_path: Path, command: Command, train: Command) -> None:
+    assert train("--run-dir", "a")[0] == 0
+    for what in ("policy", "experience"):
+        code, _, said = command("export", "a", "--to", "a/checkpoints/step-000009", "--what", what)
+        assert code == 2 and "step-000009: is among the checkpoints of the run" in said
+    assert [folder.name for folder in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-000001"]
+    assert command("export", "a", "--to", "a/policy")[0] == 0
