@@ -5,7 +5,9 @@ whatever happened. The progress bar of a terminal is in rlhf/cli/progress.py. Im
 TensorBoard's writer, which needs torch, is imported by the class that uses it.
 """
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,7 +107,20 @@ class PlainLines:
         self._line(f"{outcome}: {message}")
 
     def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        tell(text, self._stream)
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Prints a line. A reader that is gone (`| head`, a terminal that was closed) is no reason to end a run: from then
+    on what is written there goes nowhere, what the interpreter flushes at its end included."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class JsonlMetrics:

@@ -5,6 +5,8 @@ Not covered: Ray, and machines that share a file system, where the kernel's lock
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +165,17 @@ def test_nothing_is_exported_among_checkpoints(tmp_path: Path, command: Command,
         assert code == 2 and "step-000009: is among the checkpoints of the run" in said
     assert [folder.name for folder in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-000001"]
     assert command("export", "a", "--to", "a/policy")[0] == 0
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, command: Command) -> None:
+    """The pipe's other end is closed before the first line. Not covered: the bar of a terminal, which rich draws."""
+    words = ["run", "run.yaml", "--in-process", "--run-dir", "a", "loop.num_steps=2"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli.main", *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert result.returncode == 0, result.stderr
+    assert "Broken pipe" not in result.stderr and "BrokenPipe" not in result.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path / "a" / "metrics.jsonl")] == [0, 1]

@@ -23,7 +23,7 @@ from rlhf.cluster import Cluster, this_machine
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
 from rlhf.errors import BadInput
-from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer
+from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer, tell
 from rlhf.storage import BUFFER, Storage, restore
 from rlhf.ui.report import write_data, write_report
 
@@ -128,7 +128,7 @@ def _in_its_directory(
     outcome = _train(config, cluster, run_dir, prompts, arguments, observer)
     if outcome == "interrupted":
         return INTERRUPTED
-    print(before_and_after(run_dir))
+    tell(before_and_after(run_dir), sys.stdout)
     return DONE
 
 

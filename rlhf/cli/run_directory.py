@@ -57,7 +57,7 @@ MAY_CHANGE = (
 
 @contextmanager
 def settled(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> Iterator[list[str]]:
-    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same one;
+    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same;
     yields what there is to tell.
 
     The lock comes first: nothing is moved or written under a run that is alive. With `fresh` an old directory is moved
