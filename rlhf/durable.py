@@ -33,6 +33,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a log with one object a step, and the numbers of the lines that are none, which are passed over: for
+    readers who do well with what is left. A torn last line counts as not written yet."""
+    rows, damaged = [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                damaged.append(number)
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            damaged.append(number)
+    return rows, damaged
+
+
 def append_durably(path: Path, row: Mapping[str, object]) -> None:
     """Appends one JSON line and waits until it is on the disk; a torn last line, the mark of a crash, goes."""
     with path.open("a+b") as file:

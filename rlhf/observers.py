@@ -5,10 +5,12 @@ whatever happened. The progress bar of a terminal is in rlhf/cli/progress.py. Im
 TensorBoard's writer, which needs torch, is imported by the class that uses it.
 """
 
+import errno
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
@@ -16,6 +18,7 @@ from rlhf.chaos.points import point
 from rlhf.config import RunConfig
 from rlhf.durable import append_durably as append_durably
 from rlhf.durable import read_jsonl as read_jsonl
+from rlhf.durable import read_steps as read_steps
 from rlhf.durable import replace_durably as replace_durably
 from rlhf.evaluation.heldout import Evaluation
 
@@ -104,22 +107,39 @@ class PlainLines:
         self._line(f"{outcome}: {message}")
 
     def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        tell(text, self._stream)
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Prints a line. A reader that is gone (`| head`, a terminal that was closed) is no reason to end a run: from then
+    on what is written there goes nowhere, what the interpreter flushes at its end included."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class JsonlMetrics:
     """RUN_DIR/metrics.jsonl: one object a step, durable when `step` returns.
 
     A run that goes on at step s drops the lines of steps s and later first: they are replayed, and a step stands there
-    once. A torn last line, the mark of a process that died while writing, is dropped with them.
+    once. A torn last line, the mark of a process that died while writing, is dropped with them; so is a damaged one,
+    which is told: the ledger, not this file, knows what was trained.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / METRICS_FILE
+    def __init__(self, run_dir: Path, note: Callable[[str], None]) -> None:
+        self._path, self._note = run_dir / METRICS_FILE, note
 
     def started(self, config: RunConfig, first_step: int, num_steps: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        keep = [row for row in read_jsonl(self._path) if int(row["step"]) < first_step]
+        rows, damaged = read_steps(self._path)
+        if damaged:
+            self._note(f"{self._path}: {lines_in_words(damaged)}, left out; the ledger has all steps")
+        keep = [row for row in rows if row["step"] < first_step]
         replace_durably(self._path, "".join(json.dumps(row) + "\n" for row in keep))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -180,7 +200,7 @@ class TensorBoard:
 
 def default_observer(run_dir: Path, console: Observer) -> Observer:
     """What every run has: the console of the caller's choice, metrics.jsonl and TensorBoard."""
-    return Several([JsonlMetrics(run_dir), TensorBoard(run_dir), console])
+    return Several([JsonlMetrics(run_dir, console.note), TensorBoard(run_dir), console])
 
 
 def summary(metrics: Mapping[str, float]) -> str:
@@ -196,6 +216,12 @@ def summary(metrics: Mapping[str, float]) -> str:
         ("tokens/s", "tokens/generated_per_s", "{:.0f}"),
     ]
     return "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in parts if name in metrics)
+
+
+def lines_in_words(damaged: Sequence[int]) -> str:
+    """What is said of the lines that `read_steps` passed over."""
+    shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+    return f"damaged at line {shown}" if len(damaged) == 1 else f"damaged at {len(damaged)} lines, {shown}"
 
 
 def duration(seconds: float) -> str:

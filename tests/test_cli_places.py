@@ -13,7 +13,7 @@ from rlhf.cli.exit_codes import BAD_INPUT
 from rlhf.cli.folders import writing
 from rlhf.cli.main import main
 from rlhf.cli.preflight import check_cheaply
-from rlhf.cli.run_directory import settle
+from rlhf.cli.run_directory import settled
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import dump
@@ -45,17 +45,18 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_directory_that_cannot_be_made(run_file: Path, place: str) -> None:
     config = RunConfig.model_validate(SECTIONS)
     with pytest.raises(BadInput, match=rf"^--run-dir {place}: cannot be written: (Not a directory|File name too long)"):
-        settle(Path(place), config, Cluster(), fresh=False)
+        settled(Path(place), config, Cluster(), "training", fresh=False).__enter__()
 
 
 def test_a_run_is_not_put_inside_another(tmp_path: Path) -> None:
     """Control: a folder with a config.yaml of somebody's own is no run."""
     config = RunConfig.model_validate(SECTIONS)
     (tmp_path / "config.yaml").write_text(dump(config))
-    settle(tmp_path / "runs" / "a", config, Cluster(), fresh=False)
+    with settled(tmp_path / "runs" / "a", config, Cluster(), "training", fresh=False):
+        pass
     (tmp_path / "experience.db").touch()
     with pytest.raises(BadInput, match=f"is inside another run, {tmp_path}; expected a folder outside"):
-        settle(tmp_path / "checkpoints" / "b", config, Cluster(), fresh=False)
+        settled(tmp_path / "checkpoints" / "b", config, Cluster(), "training", fresh=False).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,13 @@ def test_rise_is_counted_in_deviations_before() -> None:
 
 def test_metrics_file_forgets_the_steps_that_are_replayed(tmp_path: Path) -> None:
     """A torn last line goes too; a step never stands twice."""
-    observer = JsonlMetrics(tmp_path)
+    observer = JsonlMetrics(tmp_path, print)
     observer.started(CONFIG, 0, 4)
     for step in range(3):
         observer.step(step, {"reward/mean": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
-    observer = JsonlMetrics(tmp_path)
+    observer = JsonlMetrics(tmp_path, print)
     observer.started(CONFIG, 2, 4)
     observer.step(2, {"reward/mean": 9.0})
     rows = read_jsonl(tmp_path / "metrics.jsonl")

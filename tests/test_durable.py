@@ -35,7 +35,7 @@ def test_a_run_that_died_before_its_first_file_stood_can_start(
     """Else the same command would be refused: the folder is not empty and holds no config.yaml."""
     config = tiny_run({}, {}, {}, {})
     (tmp_path / (CONFIG_FILE + BESIDE)).write_text("seed: ")
-    check_directory(tmp_path, config, fresh=False)
+    check_directory(tmp_path, config, "training", fresh=False)
     (tmp_path / "letters.txt").write_text("somebody's")
     with pytest.raises(BadInput, match=r"letters\.txt"):
-        check_directory(tmp_path, config, fresh=False)
+        check_directory(tmp_path, config, "training", fresh=False)

@@ -84,7 +84,7 @@ def before_and_after(folder: Path, name: str, rows: Sequence[dict[str, str]], se
     _, measure, sign, _, _ = TASKS[name]
     config = settings(folder / "rows.jsonl", name, seed)
     data = OfflineSet.load(config)
-    observer = JsonlMetrics(folder)
+    observer = JsonlMetrics(folder, print)
     assert launch.run(config, Cluster(), folder, data, in_process=True, observer=observer) == "done"
     first, last = (row["values"][measure] for row in read_jsonl(folder / EVALUATIONS_FILE))
     return sign * first, sign * last

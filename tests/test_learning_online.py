@@ -86,7 +86,7 @@ def shares(folder: Path, algorithm: dict[str, Any], reward: str, seed: int) -> l
     kind = algorithm.get("selection", reward)
     config, run_dir = settings(folder, algorithm, reward, seed), folder / f"{kind}-{seed}"
     run_dir.mkdir()
-    observer = JsonlMetrics(run_dir)
+    observer = JsonlMetrics(run_dir, print)
     assert launch.run(config, Cluster(), run_dir, PromptSet.load(config), in_process=True, observer=observer) == "done"
     assert sum(row.get("faults/nonfinite_step", 0) for row in read_jsonl(run_dir / METRICS_FILE)) == 0
     found: list[list[float]] = [[] for _ in range(STEPS)]

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 from rlhf.evaluation.heldout import HeldoutReport, from_json, rise_in_deviations
-from rlhf.observers import EVALUATIONS_FILE, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, read_steps
 
 WIDTH = 110
 LONGEST_ANSWER = 600
@@ -12,7 +12,7 @@ LONGEST_ANSWER = 600
 
 def before_and_after(run_dir: Path) -> str:
     """The first and the last evaluation side by side; empty when there are not two."""
-    reports = [from_json(row) for row in read_jsonl(run_dir / EVALUATIONS_FILE)]
+    reports = [from_json(row) for row in read_steps(run_dir / EVALUATIONS_FILE)[0]]
     if len(reports) < 2:
         return ""
     first, last = reports[0], reports[-1]

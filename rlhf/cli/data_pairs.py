@@ -5,8 +5,12 @@ are in a run directory before anything is written, so a command that was killed 
 """
 
 import argparse
+import hashlib
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +18,20 @@ from rlhf.blueprint import draw
 from rlhf.buffer.audit import ExperienceView
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.exit_codes import DONE, INTERRUPTED
+from rlhf.cli.folders import writing
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_prompts
-from rlhf.cli.run_directory import check_directory, held, settle
+from rlhf.cli.run_directory import check_directory, settled
 from rlhf.cluster import Cluster
 from rlhf.config import LoopConfig, RunConfig
 from rlhf.config_file import load_cluster, load_run
+from rlhf.durable import append_durably, read_jsonl, replace_durably
 from rlhf.errors import BadInput
 from rlhf.experience import REWARD, Group
-from rlhf.observers import replace_durably
 from rlhf.sources import Interrupted
 from rlhf.team import Order, Prompts
 
+WRITTEN_FILE = "written.jsonl"  # in the run directory: checksums of the files that came out of it
 PAIRINGS = ("best_worst", "all", "first_round", "tournament")
 
 
@@ -47,24 +53,32 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_run(arguments.config, arguments.overrides)
     cluster = Cluster() if arguments.cluster is None else load_cluster(arguments.cluster, [])
     run_dir: Path = arguments.run_dir or arguments.to.with_name(arguments.to.name + ".run")
-    _check(config, arguments.to, arguments.prompts)
+    _check(config, arguments.prompts)
     if not arguments.in_process:
         check_actors_is_ours()
-    check_directory(run_dir, config, fresh=False)
+    check_directory(run_dir, config, "pairs", fresh=False)
     check_cheaply(config, cluster)
+    check_target(arguments.to, arguments.config, config, run_dir)
     prompts = check_prompts(config)
-    settle(run_dir, config, cluster, fresh=False)
     count: int = arguments.prompts or len(prompts)
+    # With --json standard output is the one object and nothing else.
+    note = partial(print, file=sys.stderr if arguments.json else sys.stdout)
     try:
-        with held(run_dir):
-            groups = judged_groups(config, cluster, run_dir, prompts, count, in_process=arguments.in_process)
+        with settled(run_dir, config, cluster, "pairs", fresh=False) as moved:
+            for line in moved:
+                note(line)
+            groups = judged_groups(config, cluster, run_dir, prompts, count, note, in_process=arguments.in_process)
     except Interrupted:
         return INTERRUPTED
     from rlhf.data.pairs import pairs_from
 
     rows, found = pairs_from(groups, arguments.pairing, config.seed)
-    arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(arguments.to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing("--to", arguments.to):
+        arguments.to.parent.mkdir(parents=True, exist_ok=True)
+        # Before the file itself, or one of a command that was killed in between would be taken for somebody else's.
+        append_durably(run_dir / WRITTEN_FILE, {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+        replace_durably(arguments.to, text)
     dropped = ExperienceView(run_dir / FILE_NAME).overview().drop_reasons
     told = {"file": str(arguments.to), "prompts": len(groups), **found, "dropped": dict(dropped)}
     print(json.dumps(told) if arguments.json else _in_words(told))
@@ -72,7 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judged_groups(
-    config: RunConfig, cluster: Cluster, run_dir: Path, prompts: Prompts, count: int, *, in_process: bool
+    config: RunConfig,
+    cluster: Cluster,
+    run_dir: Path,
+    prompts: Prompts,
+    count: int,
+    note: Callable[[str], None],
+    *,
+    in_process: bool,
 ) -> list[Group]:
     """`count` groups of the policy as it is, scored, by prompt id; those that the directory holds are not made again.
 
@@ -90,14 +111,41 @@ def judged_groups(
         learner_annotates=False,
     )
     stop = StopRequest()
-    restarts = launch.Restarts(config.loop.max_restarts, print)
-    order = Order(blueprint, cluster, run_dir.absolute(), prompts, None, 0, stop, print, restarts.count)
+    restarts = launch.Restarts(config.loop.max_restarts, note)
+    order = Order(blueprint, cluster, run_dir.absolute(), prompts, None, 0, stop, note, restarts.count)
     launch.gather(order, stop, in_process=in_process)
     view = ExperienceView(run_dir / FILE_NAME)
     return [group for group, state, _ in view.stored() if state == "complete"][:count]
 
 
-def _check(config: RunConfig, to: Path, count: int | None) -> None:
+def check_target(to: Path, run_file: Path, config: RunConfig, run_dir: Path) -> None:
+    """Raises BadInput unless `to` can be written and takes nothing away: it is new, or as this run directory left it,
+    and is not what the run reads."""
+    if to.suffix != ".jsonl" or to.is_dir():
+        raise BadInput(f"--to {to}: expected a file that ends in .jsonl")
+    with writing("--to", to):
+        above = next(folder for folder in to.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise BadInput(f"--to {to}: {above} is a file; expected a folder, or nothing")
+        place, exists = to.resolve(), to.exists()
+    read = {"the run file": str(run_file), "data.path": config.data.path}
+    read |= {} if config.mix is None else {"mix.data.path": config.mix.data.path}
+    for what, path in read.items():
+        if Path(path).exists() and place.is_relative_to(Path(path).resolve()):
+            raise BadInput(f"--to {to}: would overwrite or change {what}, {path}; expected another file")
+    if place.is_relative_to(run_dir.resolve()):
+        raise BadInput(f"--to {to}: is inside --run-dir {run_dir}; expected a file outside")
+    if not exists:
+        return
+    ours = {row["sha256"] for row in read_jsonl(run_dir / WRITTEN_FILE)}
+    if hashlib.sha256(to.read_bytes()).hexdigest() not in ours:
+        raise BadInput(
+            f"--to {to}: exists already, and is not as this command wrote it with --run-dir {run_dir}; expected a new "
+            "file. Next: another --to, or move it away"
+        )
+
+
+def _check(config: RunConfig, count: int | None) -> None:
     if config.records != "prompts":
         raise BadInput(
             f"algorithm.name={config.algorithm.name} learns from {config.records} and samples nothing; expected the "
@@ -107,8 +155,6 @@ def _check(config: RunConfig, to: Path, count: int | None) -> None:
         raise BadInput("algorithm.samples_per_prompt=1: a pair needs two answers; expected 2 or more")
     if count is not None and count < 1:
         raise BadInput(f"--prompts {count}: expected 1 or more")
-    if to.suffix != ".jsonl" or to.is_dir():
-        raise BadInput(f"--to {to}: expected a file that ends in .jsonl")
 
 
 def _in_words(told: dict[str, Any]) -> str:

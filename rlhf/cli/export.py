@@ -9,11 +9,11 @@ from pathlib import Path
 from rlhf import checkpoint
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.folders import writing
-from rlhf.cli.run_directory import read_config
+from rlhf.cli.run_directory import CONFIG_FILE, read_config
 from rlhf.config import RunConfig
 from rlhf.errors import BadInput
 from rlhf.evaluation import heldout
-from rlhf.observers import EVALUATIONS_FILE, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, read_steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments.run_dir)
+    _check_outside_checkpoints(arguments.to)
     if arguments.what == "policy":
         policy = policy_of(arguments.run_dir, config, arguments.checkpoint or "latest")
         with writing("--to", arguments.to):
@@ -44,6 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
         count = export_experience(arguments.run_dir, arguments.to)
     print(f"{arguments.to}: {count} samples; loads with datasets.load_dataset")
     return DONE
+
+
+def _check_outside_checkpoints(to: Path) -> None:
+    """What stands among the checkpoints of a run, this one or another, is read as one of them, and pruned as one."""
+    with writing("--to", to):
+        place = to.resolve()
+    for folder in (place, *place.parents):
+        if folder.name == checkpoint.FOLDER and (folder.parent / CONFIG_FILE).is_file():
+            raise BadInput(f"--to {to}: is among the checkpoints of the run {folder.parent}; expected a folder outside")
 
 
 def policy_of(run_dir: Path, config: RunConfig, which: int | str) -> Path:
@@ -65,7 +75,7 @@ def _best(run_dir: Path, config: RunConfig, among: Sequence[int]) -> int:
     measure = config.loop.keep_best
     if measure is None:
         raise BadInput("--checkpoint best: loop.keep_best is not set, so none was kept as the best; expected a number")
-    updates = heldout.best(read_jsonl(run_dir / EVALUATIONS_FILE), measure, among)
+    updates = heldout.best(read_steps(run_dir / EVALUATIONS_FILE)[0], measure, among)
     if updates is None:
         raise BadInput(f"--checkpoint best: none of the checkpoints {list(among)} was evaluated")
     return updates

@@ -13,7 +13,7 @@ from rlhf.buffer.schema import FILE_NAME
 from rlhf.cli.exit_codes import DONE
 from rlhf.cli.run_directory import read_config
 from rlhf.evaluation.heldout import HeldoutMeasures
-from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, duration, read_jsonl, summary
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, duration, lines_in_words, read_steps, summary
 from rlhf.ui.report import DATA_FILE
 from rlhf.workers import held
 
@@ -35,7 +35,9 @@ def standing(run_dir: Path) -> dict[str, Any]:
     """Everything that `inspect` tells, as plain values. Raises BadInput when the folder holds no run."""
     config = read_config(run_dir)
     overview = _overview(run_dir)
-    metrics = read_jsonl(run_dir / METRICS_FILE)
+    unreadable: list[str] = []
+    metrics = _rows(run_dir / METRICS_FILE, unreadable)
+    evaluations = _rows(run_dir / EVALUATIONS_FILE, unreadable)
     newest, rejected = checkpoint.newest(run_dir)
     recent = [row["time/step_s"] for row in metrics[-RECENT_STEPS:] if "time/step_s" in row]
     return {
@@ -49,19 +51,32 @@ def standing(run_dir: Path) -> dict[str, Any]:
         "checkpoints_refused": [f"{entry.folder}: {entry.reason}" for entry in rejected],
         "seconds_a_step": sum(recent) / len(recent) if recent else None,
         "idle_s": _idle(run_dir),
-        "status": _status(run_dir),
+        "status": _status(run_dir, unreadable),
         "last_metrics": metrics[-1] if metrics else None,
-        "data": _data(run_dir),
+        "data": _data(run_dir, unreadable),
         "evaluations": [
             {key: row[key] for key in ("step", "reward_mean", "reward_std", "n", "values") if key in row}
-            for row in read_jsonl(run_dir / EVALUATIONS_FILE)
+            for row in evaluations
         ],
+        "unreadable": unreadable,
     }
 
 
-def _status(run_dir: Path) -> dict[str, Any] | None:
+def _rows(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+    """What is whole of a log; what is not is added to `unreadable`."""
+    rows, damaged = read_steps(path)
+    if damaged:
+        unreadable.append(f"{path}: {lines_in_words(damaged)}")
+    return rows
+
+
+def _status(run_dir: Path, unreadable: list[str]) -> dict[str, Any] | None:
     """What the run is at, and whether its process is alive (None: on another machine); None when it has ended."""
-    status = watchdog.read(run_dir)
+    try:
+        status = watchdog.read(run_dir)
+    except (ValueError, TypeError) as error:  # no JSON, or not what a run says of itself
+        unreadable.append(f"{run_dir / watchdog.STATUS_FILE}: damaged: {error}")
+        return None
     return None if status is None else {**asdict(status), "alive": status.alive()}
 
 
@@ -84,11 +99,17 @@ def _overview(run_dir: Path) -> dict[str, Any] | None:
     return asdict(overview)
 
 
-def _data(run_dir: Path) -> dict[str, Any] | None:
+def _data(run_dir: Path, unreadable: list[str]) -> dict[str, Any] | None:
     """What the data was and what of it was left out; None for a run that has not begun."""
     path = run_dir / DATA_FILE
-    data: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return data
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return {"data": found["data"], "dropped": found["dropped"]}
+    except (ValueError, TypeError, KeyError) as error:
+        unreadable.append(f"{path}: damaged: {error}")
+        return None
 
 
 def _idle(run_dir: Path) -> float | None:
@@ -121,6 +142,7 @@ def _in_words(state: dict[str, Any]) -> str:
             continue
         mean, deviation = row["reward_mean"], row["reward_std"]
         lines.append(f"held-out after {row['step']} steps: reward {mean:.4g} ± {deviation:.2g} over {row['n']} answers")
+    lines += [f"not readable: {what}" for what in state["unreadable"]]
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from rlhf.evaluation import heldout
 from rlhf.judges.scales import SCALES_FILE
 from rlhf.loop import Team, train
 from rlhf.metrics import Metrics
-from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, Observer, Outcome, append_durably, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, Observer, Outcome, append_durably, read_steps
 from rlhf.sources import Interrupted, PolicySource
 from rlhf.storage import Archive, Storage
 from rlhf.team import Order, Prompts
@@ -97,7 +97,7 @@ class Record:
     def evaluate_if_due(self, updates: int) -> None:
         loop = self._config.loop
         due = updates in (0, loop.num_steps) or (loop.eval_every and updates % loop.eval_every == 0)
-        if not due or not self._heldout or any(row["step"] == updates for row in read_jsonl(self._evaluations)):
+        if not due or not self._heldout or any(row["step"] == updates for row in read_steps(self._evaluations)[0]):
             return
         self._watchdog.enter(f"evaluating after {updates} steps")
         report = self._evaluation(updates)
@@ -138,7 +138,7 @@ def _make_way(config: RunConfig, run_dir: Path, updates: int) -> None:
     Newer ones than that of now may be damaged in ways that only checksums show."""
     measure, kept = config.loop.keep_best, [updates]
     if measure is not None:
-        best = heldout.best(read_jsonl(run_dir / EVALUATIONS_FILE), measure, checkpoint.committed(run_dir))
+        best = heldout.best(read_steps(run_dir / EVALUATIONS_FILE)[0], measure, checkpoint.committed(run_dir))
         kept += [] if best is None else [best]
     checkpoint.prune(run_dir, config.loop.keep_checkpoints, kept)
 
@@ -319,7 +319,7 @@ def _record(job: _Job, team: Team, source: PolicySource) -> Record:
 
 def _misses_evaluation(config: RunConfig, run_dir: Path, prompts: Prompts) -> bool:
     """Whether the run was ended between its last checkpoint and its last evaluation."""
-    recorded = {row["step"] for row in read_jsonl(run_dir / EVALUATIONS_FILE)}
+    recorded = {row["step"] for row in read_steps(run_dir / EVALUATIONS_FILE)[0]}
     return bool(prompts.heldout_prompts()) and config.loop.num_steps not in recorded
 
 

@@ -18,13 +18,13 @@ from rlhf.cli.exit_codes import DONE, INTERRUPTED
 from rlhf.cli.ownership import check_actors_is_ours
 from rlhf.cli.preflight import check_cheaply, check_generate_only, check_prompts, check_train_only
 from rlhf.cli.progress import RichProgress
-from rlhf.cli.run_directory import check_directory, held, read_config, settle
+from rlhf.cli.run_directory import LOCK_FILE, check_directory, held, is_empty, read_config, settled
 from rlhf.cli.skipped import refuse_unmoved
 from rlhf.cluster import Cluster, this_machine
 from rlhf.config import RunConfig
 from rlhf.config_file import load_cluster, load_run
 from rlhf.errors import BadInput
-from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer
+from rlhf.observers import Observer, Outcome, PlainLines, console_is_terminal, default_observer, tell
 from rlhf.storage import BUFFER, Storage, restore
 from rlhf.ui.report import write_data, write_report
 
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir or Path("runs") / arguments.config.stem
     if not arguments.in_process:
         check_actors_is_ours()
-    check_directory(run_dir, config, fresh=arguments.fresh)
+    check_directory(run_dir, config, "training", fresh=arguments.fresh)
     record = _checked_sides(arguments, config, cluster)
     chaos = None
     if arguments.chaos is not None:
@@ -82,11 +82,11 @@ def _run(arguments: argparse.Namespace) -> int:
     prompts = check_prompts(config) if record is None else record
     with names_a_full_disk(run_dir):
         told = _from_storage(config, cluster, run_dir, fresh=arguments.fresh)
-        settle(run_dir, config, cluster, fresh=arguments.fresh)
+        ours = settled(run_dir, config, cluster, "training", fresh=arguments.fresh)
         # Twice: at the end of a block of faults on purpose the disk is made free again.
-        with held(run_dir), faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
+        with ours as moved, faults_on_purpose(chaos, run_dir), names_a_full_disk(run_dir):
             point("start: directory settled")
-            return _in_its_directory(config, cluster, run_dir, prompts, arguments, told)
+            return _in_its_directory(config, cluster, run_dir, prompts, arguments, [*moved, *told])
 
 
 def _checked_sides(arguments: argparse.Namespace, config: RunConfig, cluster: Cluster) -> "RecordedSet | None":
@@ -129,7 +129,7 @@ def _in_its_directory(
     outcome = _train(config, cluster, run_dir, prompts, arguments, observer)
     if outcome == "interrupted":
         return INTERRUPTED
-    print(before_and_after(run_dir))
+    tell(before_and_after(run_dir), sys.stdout)
     return DONE
 
 
@@ -148,8 +148,11 @@ def _from_storage(config: RunConfig, cluster: Cluster, run_dir: Path, *, fresh: 
             "overwritten. Next: another address for the new run, or remove what is there"
         )
     told: list[str] = []
-    if not fresh and not (run_dir.is_dir() and any(run_dir.iterdir())):
-        restore(storage, run_dir, lambda folder: check_directory(folder, config, fresh=False), told.append)
+    if not fresh and is_empty(run_dir):
+        if run_dir.is_dir():
+            with held(run_dir):  # not under a process that is about to start there
+                (run_dir / LOCK_FILE).unlink()
+        restore(storage, run_dir, lambda folder: check_directory(folder, config, "training", fresh=False), told.append)
     return told
 
 

@@ -6,21 +6,34 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
-from rlhf.buffer.schema import FILE_NAME
+from rlhf import checkpoint
+from rlhf.buffer.schema import FILE_NAME, DamagedExperience
+from rlhf.buffer.snapshot import moment_of
 from rlhf.cli.folders import writing
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.config_file import differing_keys, dump, load_run
 from rlhf.durable import BESIDE, replace_durably
 from rlhf.errors import BadInput
+from rlhf.observers import METRICS_FILE
+from rlhf.ui.report import DATA_FILE
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.yaml"
 LOCK_FILE = ".lock"
+KIND_FILE = "kind"
 OPTION = "--run-dir"
+
+# What a run directory is for. Its prompts are issued and taken by other rules for each, so none goes on with another's.
+Kind = Literal["training", "pairs"]
+HOLDS: dict[Kind, str] = {
+    "training": "a training run (`rlhf run`)",
+    "pairs": "answers and scores of `rlhf data pairs`",
+}
 
 # Keys that may change when a run is gone on with: none of them changes a step that is already history.
 MAY_CHANGE = (
@@ -42,22 +55,37 @@ MAY_CHANGE = (
 )
 
 
-def settle(run_dir: Path, config: RunConfig, cluster: Cluster, *, fresh: bool) -> None:
-    """Leaves a directory that holds this config and this cluster, and the run so far if it is the same run.
+@contextmanager
+def settled(run_dir: Path, config: RunConfig, cluster: Cluster, kind: Kind, *, fresh: bool) -> Iterator[list[str]]:
+    """Holds a directory that is ours alone, with this config and this cluster, and the run so far if it is the same;
+    yields what there is to tell.
 
-    With `fresh` an old directory is moved to <name>.old-<number>. Raises BadInput when the directory holds another run,
-    or something that is not a run."""
-    check_directory(run_dir, config, fresh=fresh)
-    if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
-        run_dir.rename(_free_name(run_dir))
-    with writing(OPTION, run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_durably(run_dir / CONFIG_FILE, dump(config))
-        replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+    The lock comes first: nothing is moved or written under a run that is alive. With `fresh` an old directory is moved
+    to <name>.old-<number>; so is one in which another start, refused late, left nothing to go on with. Raises BadInput
+    when the directory holds another run, or something that is not a run, or when another process runs it."""
+    check_directory(run_dir, config, kind, fresh=fresh)
+    told = []
+    if not is_empty(run_dir) and (fresh or _holds_another(run_dir, config, kind)):
+        with held(run_dir):
+            check_directory(run_dir, config, kind, fresh=fresh)  # again: it may have begun since
+            aside = run_dir.rename(_free_name(run_dir))
+        told.append(f"{run_dir}: what it held is moved to {aside}")
+    with held(run_dir):
+        check_directory(run_dir, config, kind, fresh=False)  # again: another process may have come before the lock
+        with writing(OPTION, run_dir):
+            replace_durably(run_dir / CONFIG_FILE, dump(config))
+            replace_durably(run_dir / CLUSTER_FILE, dump(cluster))
+            replace_durably(run_dir / KIND_FILE, kind + "\n")
+        yield told
 
 
-def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
-    """The refusals of `settle`, changing nothing."""
+def is_empty(run_dir: Path) -> bool:
+    """Missing, or without anything but a lock: the mark of a process that died before its first file stood."""
+    return not run_dir.is_dir() or all(path.name == LOCK_FILE for path in run_dir.iterdir())
+
+
+def check_directory(run_dir: Path, config: RunConfig, kind: Kind, *, fresh: bool) -> None:
+    """The refusals of `settled` but for the lock, changing nothing."""
     with writing(OPTION, run_dir):
         if run_dir.exists() and not run_dir.is_dir():
             raise BadInput(f"--run-dir {run_dir}: is a file; expected a folder, or nothing")
@@ -68,18 +96,24 @@ def check_directory(run_dir: Path, config: RunConfig, *, fresh: bool) -> None:
     if fresh:
         return
     if (run_dir / CONFIG_FILE).is_file():
-        _check_same_run(run_dir, config)
-    elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE}):
+        if _has_begun(run_dir):
+            _check_kind(run_dir, kind)
+            _check_same_run(run_dir, config)
+    elif run_dir.is_dir() and (found := {path.name for path in run_dir.iterdir()} - {CONFIG_FILE + BESIDE, LOCK_FILE}):
         there = ", ".join(sorted(found)[:5])
         raise BadInput(f"--run-dir {run_dir}: holds {there} but no {CONFIG_FILE}; expected a run or an empty folder")
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory: one run at a time. Raises BadInput, naming the process, when another one has it.
+    """Holds the run directory, made where it is missing: one run at a time. Raises BadInput, naming the process, when
+    another one has it.
 
     The lock is the kernel's and ends with the process, however that ends."""
-    with (run_dir / LOCK_FILE).open("a+") as file:
+    with writing(OPTION, run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / LOCK_FILE).open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -99,6 +133,44 @@ def read_config(run_dir: Path) -> RunConfig:
     if not (run_dir / CONFIG_FILE).is_file():
         raise BadInput(f"{run_dir}: not a run directory: it has no {CONFIG_FILE}")
     return load_run(run_dir / CONFIG_FILE, [])
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether a prompt was issued there or a step trained. Where none was, and the files are ours, they are those of a
+    start that was refused late or killed early, and bind nobody."""
+    buffer = run_dir / FILE_NAME
+    if not (run_dir / KIND_FILE).is_file() or checkpoint.folders(run_dir):
+        return True
+    try:
+        return buffer.is_file() and moment_of(buffer).issued > 0
+    except DamagedExperience:
+        return True
+
+
+def _holds_another(run_dir: Path, config: RunConfig, kind: Kind) -> bool:
+    try:
+        _check_kind(run_dir, kind)
+        _check_same_run(run_dir, config)
+    except BadInput:
+        return True
+    return False
+
+
+def _check_kind(run_dir: Path, kind: Kind) -> None:
+    there = _kind_of(run_dir)
+    if there is not None and there != kind:
+        raise BadInput(
+            f"--run-dir {run_dir}: holds {HOLDS[there]}, which would be lost to {HOLDS[kind]}. Next: another --run-dir"
+        )
+
+
+def _kind_of(run_dir: Path) -> Kind | None:
+    """None where it cannot be told: directories of before this file was written, in which nothing was trained yet."""
+    path = run_dir / KIND_FILE
+    if path.is_file():
+        return "pairs" if path.read_text(encoding="utf-8").strip() == "pairs" else "training"
+    trained = any((run_dir / name).exists() for name in (METRICS_FILE, DATA_FILE, checkpoint.FOLDER))
+    return "training" if trained else None
 
 
 def _check_same_run(run_dir: Path, config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf.errors import RunFailed
-from rlhf.observers import METRICS_FILE, read_jsonl
+from rlhf.observers import METRICS_FILE, read_steps
 
 SKIPPED = "faults/nonfinite_step"
 # The learner measures it in optimizer steps that were applied, and in no others.
@@ -23,7 +23,7 @@ def skipped_text(step: int, values: Mapping[str, float]) -> str | None:
 
 def refuse_unmoved(run_dir: Path) -> None:
     """Raises RunFailed when optimizer steps were skipped and the policy has had no other one."""
-    rows = read_jsonl(run_dir / METRICS_FILE)
+    rows, _ = read_steps(run_dir / METRICS_FILE)
     skipped = sum(row.get(SKIPPED, 0.0) for row in rows)
     if skipped and not any(APPLIED in row for row in rows):
         raise RunFailed(

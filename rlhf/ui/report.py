@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.buffer.audit import ExperienceView
 from rlhf.buffer.schema import FILE_NAME
 from rlhf.evaluation.heldout import Answer, Evaluation, HeldoutReport, from_json, rise_in_deviations
-from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl, replace_durably
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_steps, replace_durably
 from rlhf.ui.charts import Series, line_chart, share_chart
 
 REPORT_FILE = "report.html"
@@ -95,8 +95,8 @@ pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;paddi
 
 def write_report(run_dir: Path) -> Path:
     """Writes the page from what the run directory holds so far, and returns its path."""
-    metrics = read_jsonl(run_dir / METRICS_FILE)
-    evaluations = [from_json(row) for row in read_jsonl(run_dir / EVALUATIONS_FILE)]
+    metrics = read_steps(run_dir / METRICS_FILE)[0]
+    evaluations = [from_json(row) for row in read_steps(run_dir / EVALUATIONS_FILE)[0]]
     config = run_dir / CONFIG_FILE
     path = run_dir / REPORT_FILE
     data = run_dir / DATA_FILE
