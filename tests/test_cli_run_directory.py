@@ -19,7 +19,6 @@ from rlhf.cli.run_directory import held
 from rlhf.durable import read_jsonl
 
 Command = Callable[..., tuple[int, str, str]]
-STEPS = "loop.num_steps=3"
 
 
 @pytest.fixture
@@ -179,3 +178,19 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, command: Comman
     assert result.returncode == 0, result.stderr
     assert "Broken pipe" not in result.stderr and "BrokenPipe" not in result.stderr
     assert [row["step"] for row in read_jsonl(tmp_path / "a" / "metrics.jsonl")] == [0, 1]
+
+
+def test_verify_finds_steps_without_a_line(tmp_path: Path, command: Command, train: Command) -> None:
+    """Control: the lines after the newest checkpoint are those of steps that a killed run trains again."""
+    assert train("--run-dir", "a", "loop.num_steps=3", "loop.checkpoint_every=2")[0] == 0
+    path = tmp_path / "a" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert command("verify", "a")[0] == 0
+    path.write_text("".join(lines[:1] + lines[2:]))
+    code, shown, _ = command("verify", "a")
+    assert code == 1 and "has no line of 1 of the 3 steps before step-000003, the first: [1]" in shown
+    path.unlink()
+    assert command("verify", "a")[0] == 1
+    (tmp_path / "a" / "checkpoints" / "step-000003").rename(tmp_path / "moved")
+    path.write_text("".join(lines[:2]))
+    assert command("verify", "a")[0] == 0

@@ -12,7 +12,7 @@ from rlhf.cli.exit_codes import BROKEN, DONE
 from rlhf.cli.run_directory import CLUSTER_FILE, read_config
 from rlhf.config_file import load_cluster
 from rlhf.errors import BadInput
-from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl
+from rlhf.observers import EVALUATIONS_FILE, METRICS_FILE, read_jsonl, read_steps
 from rlhf.storage import Storage
 
 
@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir
     read_config(run_dir)  # says so when this is no run directory
     found = verify_experience(run_dir / FILE_NAME)
-    problems = [*found.problems, *_checkpoints(run_dir), *_ledger_behind(run_dir), *_logs(run_dir), *_storage(run_dir)]
+    problems = [*found.problems, *_checkpoints(run_dir), *_ledger_behind(run_dir)]
+    problems += [*_logs(run_dir), *_metrics_behind(run_dir), *_storage(run_dir)]
     if arguments.json:
         print(json.dumps({"ok": not problems, "ledger": dict(found.ledger), "problems": problems}))
     else:
@@ -51,6 +52,22 @@ def _ledger_behind(run_dir: Path) -> list[str]:
         f"{run_dir / checkpoint.FOLDER}/step-{updates:06d}: written after {updates} steps, but {FILE_NAME} knows "
         f"{committed}: they are not of one run"
         for updates in ahead
+    ]
+
+
+def _metrics_behind(run_dir: Path) -> list[str]:
+    """Steps before a checkpoint whose lines are missing: a line is on the disk before the checkpoint is written. Later
+    steps may lack theirs: a run that was killed trains them again."""
+    newest, _ = checkpoint.newest(run_dir)
+    if newest is None:
+        return []
+    recorded = {row["step"] for row in read_steps(run_dir / METRICS_FILE)[0]}
+    missing = [step for step in range(newest.updates) if step not in recorded]
+    if not missing:
+        return []
+    return [
+        f"{run_dir / METRICS_FILE}: has no line of {len(missing)} of the {newest.updates} steps before "
+        f"{newest.folder.name}, the first: {missing[:5]}; {FILE_NAME} has their metrics"
     ]
 
 
