@@ -148,6 +148,9 @@ def test_a_start_that_was_refused_late_does_not_block_the_corrected_one(tmp_path
     assert "nope" in (tmp_path / "a.old-1" / "config.yaml").read_text()
     code, _, said = train("--run-dir", "a", "model.lora={target_modules: [q_proj]}")
     assert code == 2 and "a: holds another run" in said and not (tmp_path / "a.old-2").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.yaml.new").write_text("seed: ")  # of a start that was killed
+    assert train("--run-dir", "b")[0] == 0 and not (tmp_path / "b.old-1").exists()
 
 
 def test_with_json_the_output_is_one_object(pairs: Command) -> None:

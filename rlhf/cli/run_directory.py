@@ -148,6 +148,8 @@ def _has_begun(run_dir: Path) -> bool:
 
 
 def _holds_another(run_dir: Path, config: RunConfig, kind: Kind) -> bool:
+    if not (run_dir / CONFIG_FILE).is_file():
+        return False
     try:
         _check_kind(run_dir, kind)
         _check_same_run(run_dir, config)
