@@ -190,7 +190,11 @@ def test_dropped_rows_are_counted_where_people_look(
         ([], ["generation.max_new_tokens=8"], "generation: algorithm.name=sft learns from the demonstrations"),
         ([], ["reward.function=json:dumps"], "reward: algorithm.name=sft learns from the demonstrations"),
         ([], ["algorithm={name: rloo}"], "missing required key generation: algorithm.name=rloo samples answers"),
-        ([], ["data={path: pairs.jsonl, heldout: 9, completion_column: chosen}"], "data.heldout=9 leaves nothing to train on"),
+        (
+            [],
+            ["data={path: pairs.jsonl, heldout: 9, completion_column: chosen}"],
+            "data.heldout=9 leaves nothing to train on",
+        ),
         (
             [{**PAIRS[0], "chosen": "long " * 600}],
             ["data.max_completion_tokens=4096"],
