@@ -38,6 +38,7 @@ from rlhf.config_reward import ReferenceConfig as ReferenceConfig
 from rlhf.config_reward import RewardConfig as RewardConfig
 from rlhf.config_reward import RewardPart as RewardPart
 from rlhf.config_reward import RewardSource as RewardSource
+from rlhf.config_section import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from rlhf.config_section import DataPath as DataPath
 from rlhf.config_section import Dtype as Dtype
 from rlhf.config_section import Fraction as Fraction
@@ -216,14 +217,15 @@ class EvaluationConfig(Section):
     """Held-out prompts, answered before, during and after training."""
 
     samples: NonNegativeInt = Field(default=3, description="prompts whose answers before and after stand in the report")
-    temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+    temperature: Annotated[float, Field(ge=0, le=MOST_TEMPERATURE)] = Field(
         default=0.0, description="0: greedy; otherwise 0.01 or more"
     )
 
     @model_validator(mode="after")
     def _greedy_or_not(self) -> Self:
-        if 0 < self.temperature < 0.01:
-            raise ValueError(f"temperature={self.temperature:g}: engines sample at 0.01 or more; expected that, or 0")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            least = f"{LEAST_TEMPERATURE:g} or more"
+            raise ValueError(f"temperature={self.temperature:g}: engines sample at {least}; expected that, or 0")
         return self
 
 

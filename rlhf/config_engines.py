@@ -5,6 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf.config_section import (
+    LEAST_TEMPERATURE,
+    MOST_TEMPERATURE,
     BelowOne,
     Dtype,
     Fraction,
@@ -22,9 +24,11 @@ class GenerationConfig(Section):
 
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="rollout engine")
     max_new_tokens: PositiveInt = Field(le=10_000_000, description="longest completion, in tokens")
-    # vLLM raises lower temperatures to 0.01 without a word, and takes the lowest for greedy.
     temperature: float = Field(
-        default=1.0, ge=0.01, le=100.0, description="softmax temperature, applied in every log-prob pass too"
+        default=1.0,
+        ge=LEAST_TEMPERATURE,
+        le=MOST_TEMPERATURE,
+        description="softmax temperature, applied in every log-prob pass too",
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="only 1.0: an engine would renormalise over the kept tokens, the learner does not"

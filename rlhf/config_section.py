@@ -11,6 +11,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 # A year: far beyond any wait that is meant, far below the 292 years at which Python's locks overflow.
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
+# Of engines. vLLM raises lower temperatures to 0.01 without a word, and takes the lowest for greedy.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100
 Threads = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -9,8 +9,6 @@ import yaml
 from rlhf.errors import BadInput
 
 MERGE = "tag:yaml.org,2002:merge"
-
-
 INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 # What YAML 1.1 reads otherwise: 1e-6 as text, 010 as 8 and 1:30 as 90.
 WHOLE_NUMBER = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)\Z")
@@ -25,11 +23,6 @@ FIRST_OF_NUMBERS = list("-+.0123456789")
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own attribute
-        first: [(tag, form) for tag, form in resolvers if tag not in (INT, FLOAT)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
         digits = str(self.construct_scalar(node)).replace("_", "").lower()
@@ -58,6 +51,11 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+# PyYAML's forms of numbers go, those above come; SafeLoader itself keeps its own.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in (INT, FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(INT, WHOLE_NUMBER, FIRST_OF_NUMBERS)
 _Loader.add_implicit_resolver(FLOAT, NUMBER, FIRST_OF_NUMBERS)
 _Loader.add_constructor(INT, _Loader.construct_whole_number)

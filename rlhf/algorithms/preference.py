@@ -85,18 +85,12 @@ def scored(groups: Sequence[Group], column: str) -> list[Candidates]:
 
 def worth(candidates: Sequence[Candidates], config: PaidConfig) -> list[Candidates]:
     """The same with what the run file makes of their scores, `reward_clip` and `missing_eos`: what is compared."""
-    return [
-        group._replace(
-            scores=torch.tensor(
-                [
-                    paid(score, sample, config)
-                    for score, sample in zip(group.scores.tolist(), group.samples, strict=True)
-                ],
-                dtype=torch.float64,
-            )
-        )
-        for group in candidates
-    ]
+    found = []
+    for group in candidates:
+        judged = zip(group.scores.tolist(), group.samples, strict=True)
+        scores = [paid(score, sample, config) for score, sample in judged]
+        found.append(group._replace(scores=torch.tensor(scores, dtype=torch.float64)))
+    return found
 
 
 def pairs_of(candidates: Candidates, pairing: Pairing) -> tuple[list[Pair], Metrics]:

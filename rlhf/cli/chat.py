@@ -10,6 +10,7 @@ from rlhf.cli.exit_codes import BAD_INPUT, DONE
 from rlhf.cli.export import newest_policy
 from rlhf.cli.run_directory import CONFIG_FILE
 from rlhf.config import ModelConfig
+from rlhf.config_section import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from rlhf.data.conversations import written_by_template
 from rlhf.errors import BadInput
 from rlhf.models.resolve import check_model, resolve
@@ -118,8 +119,9 @@ def _room(model: "PreTrainedModel", tokens: int) -> int:
 def _check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 or more")
-    if arguments.temperature != 0 and not 0.01 <= arguments.temperature <= 100:  # as in a run file; also NaN
-        raise BadInput(f"--temperature {arguments.temperature:g}: expected 0 (greedy), or 0.01 to 100")
+    if arguments.temperature != 0 and not LEAST_TEMPERATURE <= arguments.temperature <= MOST_TEMPERATURE:  # also NaN
+        allowed = f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+        raise BadInput(f"--temperature {arguments.temperature:g}: expected 0 (greedy), or {allowed}")
     if not 0 <= arguments.seed < 2**63:
         raise BadInput(f"--seed {arguments.seed}: expected a whole number from 0 to 2^63 - 1")
 
